@@ -1,0 +1,1 @@
+"""Teachers in, student checkpoint out."""

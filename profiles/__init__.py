@@ -1,0 +1,1 @@
+"""What users write: recipes and device profiles. Kept empty so that listing them needs no YAML library."""

@@ -1,16 +1,17 @@
-"""The words of a recipe and of a device profile, strict: an unknown key, a wrong type or an impossible number is an error.
+"""The words of a recipe and of a device profile, strict: unknown keys, wrong types and impossible numbers are errors.
 
-Units stand in the key names. Every field says what it means and which way it moves things; the defaults here are the only
-place a default is written (the CLI and the documentation read them). `load.py` turns YAML into these and reports every error
-at once with file and line.
+Units stand in the key names. Every field says what it means and which way it moves things; the defaults here are the
+only place a default is written (the CLI and the documentation read them). `load.py` turns YAML into these and reports
+every error at once with file and line.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from edgestill.profiles.nearest import nearest
 from edgestill.runtime.metrics import METRICS, metric
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -54,7 +55,7 @@ class FusionSpec(Words):
 
     weights: Literal["uniform", "static", "entropy"] = "entropy"
     granularity: Literal["token", "sequence"] = "sequence"
-    """Where the entropy is averaged before it becomes a weight. Per token an over-confident wrong teacher wins too often."""
+    """Where the entropy is averaged before it becomes a weight. Per token a wrong but sure teacher wins too often."""
     entropy_temperature: Positive = 0.05
     """tau in softmax(-H / (tau log V)); smaller is sharper."""
     floor: Fraction = 0.01
@@ -133,7 +134,7 @@ class StudentSpec(Words):
 
 
 class SourceSpec(Words):
-    """One source of text: a local path (text, .jsonl, .parquet; a folder means all such files in it) or a Hub data set."""
+    """One source of text: a local path (text, .jsonl, .parquet; a folder means all such files) or a Hub data set."""
 
     path: str | None = None
     hub: str | None = None
@@ -162,7 +163,7 @@ class SourceSpec(Words):
 
 
 class SplitSpec(Words):
-    """A part taken from the training sources: this share of each, a stretch at its end, cut at document ends if it can."""
+    """A part taken from the training sources: this share of each, at its end, cut between documents if it can."""
 
     fraction: Annotated[float, Field(gt=0, lt=0.5)]
 
@@ -206,6 +207,27 @@ LIMITS = tuple(name for name, m in METRICS.items() if m.source == "recipe")
 BUDGETS = tuple(name for name, m in METRICS.items() if m.source == "profile")
 
 
+def _metric_of(source: Literal["recipe", "profile"], known: tuple[str, ...]) -> AfterValidator:
+    """A check that a key names a metric which `source` may limit; the error says where a misplaced one belongs."""
+
+    def check(name: str) -> str:
+        found = metric(name)
+        if found is None:
+            raise ValueError(f"unknown metric; {nearest(name, known)}")
+        if found.source == "fixed":
+            raise ValueError("is set by the build itself; remove it")
+        if found.source != source:
+            home = "the budget of a profile" if found.source == "profile" else "the limits of a recipe"
+            raise ValueError(f"belongs in {home}; move it there")
+        return name
+
+    return AfterValidator(check)
+
+
+LimitName = Annotated[str, _metric_of("recipe", LIMITS)]
+BudgetName = Annotated[str, _metric_of("profile", BUDGETS)]
+
+
 class Recipe(Words):
     """Which teachers, which text, which student, which losses, quality limits."""
 
@@ -217,7 +239,7 @@ class Recipe(Words):
     data: DataSpec
     train: TrainSpec
     reference: ReferenceSpec = ReferenceSpec()
-    limits: dict[str, Positive] = {}
+    limits: dict[LimitName, Positive] = {}
     """Metric -> limit on its one-sided 95 % bound; `perplexity/<domain>` is allowed."""
 
     @model_validator(mode="after")
@@ -264,7 +286,7 @@ class WorkloadSpec(Words):
 class PrecisionSpec(Words):
     weights: Literal["float32", "float16", "bfloat16", "int8", "int4", "fp8"] = "int4"
     block_size: Literal[16, 32, 64, 128, 256] = 32
-    """Weights that share one scale (int4; int8 has one per output channel)."""
+    """Weights that share one scale (int8 repeats its one scale per output for each block)."""
     accuracy_level: Literal[0, 4] = 4
     """4: activations are quantized to int8 inside the int4 product (fast); 0: float32 arithmetic."""
     symmetric: bool = True
@@ -279,5 +301,5 @@ class Profile(Words):
     precision: PrecisionSpec = PrecisionSpec()
     portable: bool = False
     """Also ship plain ONNX operators under portable/, for other runtimes."""
-    budget: dict[str, Positive] = {}
+    budget: dict[BudgetName, Positive] = {}
     """Metric -> limit on its one-sided 95 % bound."""

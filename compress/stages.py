@@ -1,0 +1,183 @@
+"""The folder of a build: stages that run once, resume, and never leave half a result under a final name.
+
+A stage writes into `work/<name>-<key>.partial/` and is renamed to `work/<name>-<key>/` when it is done; `stage.json` inside
+lists its inputs and the sha256 of every file. The key hashes the words it depends on, its inputs' keys and its code's
+revision, so a finished stage is reused exactly when nothing it depends on has changed. What a killed stage left in `.partial`
+is handed to the next run, which goes on from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgestill.runtime.errors import EdgestillError, OutputRefused
+from edgestill.runtime.manifest import canonical_json
+from edgestill.runtime.progress import Progress
+
+MARK = "build.json"
+LOCK = ".lock"
+STAGE = "stage.json"
+NO_SPACE_LEFT = 4 << 20
+"""Less free space than this (bytes) explains a failed write of a library that hides the error number."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: where its files are, its key, what it reported, whether it was reused, and its seconds."""
+
+    name: str
+    folder: Path
+    key: str
+    info: dict[str, Any]
+    reused: bool
+    seconds: float
+
+
+class Workspace:
+    """One build folder. Use within `locked()`."""
+
+    def __init__(self, root: Path, progress: Progress, *, force: bool = False) -> None:
+        self.root = root
+        self.progress = progress
+        self.force = force
+        self.done: list[Stage] = []
+
+    @contextmanager
+    def locked(self) -> Iterator[Workspace]:
+        """Claim the folder for this process.
+
+        Raises:
+            OutputRefused: it is not empty and not a build of ours, another process holds it, or it cannot be written.
+        """
+        self._claim()
+        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise OutputRefused(
+                    f"{self.root}: another build is running in this folder (process {holder}); wait for it or give another --out"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            yield self
+        finally:
+            os.close(descriptor)  # the kernel frees the lock, also when the process is killed
+
+    def _claim(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise OutputRefused(f"{self.root}: is a file, not a folder; give another --out")
+        if self.root.is_dir() and not (self.root / MARK).is_file() and any(self.root.iterdir()):
+            raise OutputRefused(f"{self.root}: is not empty and not a build (no {MARK}); give another --out")
+        try:
+            (self.root / "work").mkdir(parents=True, exist_ok=True)
+            if not (self.root / MARK).is_file():
+                write_atomically(self.root / MARK, b'{"format": 1, "tool": "edgestill"}\n')
+            os.close(os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise OutputRefused(
+                    f"{self.root}: cannot be written ({os.strerror(error.errno)}); give another --out"
+                ) from error
+            raise
+
+    def stage(
+        self, name: str, title: str, inputs: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any] | None]
+    ) -> Stage:
+        """Run a stage, or hand back what it made before.
+
+        Args:
+            inputs: everything the result depends on, JSON-able: words, hashes, keys of other stages, a code revision.
+            run: writes into the folder it is given (which may hold what an interrupted run left) and returns facts
+                about the result, JSON-able.
+        """
+        key = hashlib.sha256(canonical_json({"name": name, **inputs})).hexdigest()[:12]
+        final = self.root / "work" / f"{name}-{key}"
+        partial = final.with_name(final.name + ".partial")
+        if self.force:
+            shutil.rmtree(final, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
+        info = self._finished(final)
+        if info is not None:
+            self.progress.say(f"{title}: done before, unchanged")
+            return self._keep(Stage(name, final, key, info, True, 0.0))
+        self.progress.stage(title)
+        started = time.perf_counter()
+        partial.mkdir(parents=True, exist_ok=True)
+        with explained_write_errors(self.root):
+            info = dict(run(partial) or {})
+            record = {"inputs": dict(inputs), "info": info, "files": _hashes(partial)}
+            write_atomically(partial / STAGE, json.dumps(record, indent=1, sort_keys=True).encode())
+            partial.rename(final)
+        return self._keep(Stage(name, final, key, info, False, time.perf_counter() - started))
+
+    def _keep(self, stage: Stage) -> Stage:
+        self.done.append(stage)
+        return stage
+
+    def _finished(self, folder: Path) -> dict[str, Any] | None:
+        """The info of a finished stage whose files are all as they were written; a damaged one is removed."""
+        if not folder.is_dir():
+            return None
+        try:
+            record = json.loads((folder / STAGE).read_text(encoding="utf-8"))
+            files, info = record["files"], record["info"]
+        except (OSError, ValueError, KeyError):
+            files, info = None, {}
+        if files != _hashes(folder):
+            self.progress.say(f"{folder.name}: changed since it was written; it is made again")
+            shutil.rmtree(folder)
+            return None
+        return dict(info)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a stage but its record, by relative path."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != STAGE:
+            with path.open("rb") as handle:
+                found[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return found
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename."""
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with beside.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained_write_errors(root: Path) -> Iterator[None]:
+    """Give a write that failed on a full disk its error number back.
+
+    torch.save and safetensors report a full disk as RuntimeError and SafetensorError.
+    """
+    try:
+        yield
+    except (EdgestillError, OSError):
+        raise
+    except Exception as error:
+        text = str(error)
+        if shutil.disk_usage(root).free < NO_SPACE_LEFT or "No space left" in text or "file write failed" in text:
+            raise OSError(errno.ENOSPC, "no space left", str(root)) from error
+        raise

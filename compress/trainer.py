@@ -1,0 +1,284 @@
+"""transformers.Trainer with our loss, and with its faults closed.
+
+Resume, schedules, optimizers, mixed precision and distribution are the Trainer's. Closed here: it saves into the final folder
+(ours is written beside and renamed, so a checkpoint folder is complete or not there); on a folder without optimizer.pt it
+goes on silently with other weights (only complete checkpoints are resumed); `logging_nan_inf_filter` reads the loss back
+every step (off). The order of the windows is computed before, so a resumed run sees exactly the tokens it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from edgestill.compress.corpus import Part
+from edgestill.compress.distill_module import IGNORE, DistillModule
+from edgestill.compress.stages import explained_write_errors
+from edgestill.compress.teachers import native_bfloat16
+from edgestill.profiles.schema import TrainSpec
+from edgestill.runtime.progress import Task
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+LOG = "training.jsonl"
+MODULE = "module.safetensors"
+LOG_EVERY = 10
+KEPT_CHECKPOINTS = 2
+COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", MODULE)
+"""Files without which a checkpoint is not resumed."""
+
+
+class OrderedWindows(Dataset[dict[str, Tensor]]):
+    """The training windows in the order they will be seen; item i is the i-th window of the whole run."""
+
+    def __init__(self, part: Part, order: npt.NDArray[np.int64]) -> None:
+        self.part, self.order = part, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, items: list[int]) -> list[dict[str, Tensor]]:
+        windows = self.order[items]
+        ids = torch.from_numpy(self.part.token_ids[windows].astype(np.int64))
+        labels = ids.clone()
+        labels[:, 0] = IGNORE
+        if self.part.loss_mask is not None:
+            labels[torch.from_numpy(self.part.loss_mask[windows] == 0)] = IGNORE
+        domain = torch.from_numpy(self.part.domain[windows].astype(np.int64))
+        return [
+            {"input_ids": ids[i], "labels": labels[i], "windows": torch.tensor(windows[i]), "domain": domain[i]}
+            for i in range(len(items))
+        ]
+
+
+def autocast_bfloat16(spec: TrainSpec, device: torch.device) -> bool:
+    """Whether training runs under bfloat16 autocast."""
+    return spec.precision == "bfloat16" or (spec.precision == "auto" and native_bfloat16(device))
+
+
+def train(
+    module: DistillModule,
+    data: OrderedWindows,
+    spec: TrainSpec,
+    folder: Path,
+    task: Task,
+    *,
+    names: dict[str, tuple[str, ...]],
+) -> dict[str, Any]:
+    """Train to the end, from the newest complete checkpoint in `folder` if there is one.
+
+    Args:
+        folder: checkpoints and training.jsonl go here; only this machine reads the checkpoints back.
+        task: advanced by tokens.
+        names: {"teachers": ..., "domains": ...} for the log.
+
+    Returns:
+        Facts: steps, tokens, seconds, tokens_per_s, precision.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens_per_step = spec.batch_size * spec.gradient_accumulation * data.part.token_ids.shape[1]
+    steps = -(-spec.tokens // tokens_per_step)
+    bf16 = autocast_bfloat16(spec, device)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[spec.schedule],
+        warmup_steps=round(spec.warmup_fraction * steps),
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        optim="adamw_bnb_8bit" if spec.optimizer == "adamw_8bit" else "adamw_torch_fused",
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        seed=spec.seed,
+        save_strategy="steps",
+        save_steps=spec.checkpoint_every_steps,
+        logging_steps=LOG_EVERY,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        label_names=["labels"],
+    )
+    _forget_incomplete(folder)
+    complete = _checkpoints(folder)
+    log = JsonLog(folder / LOG, module, task, tokens_per_step, names)
+    trainer = DistillTrainer(model=module, args=arguments, train_dataset=data, callbacks=[log])
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    started = time.perf_counter()
+    with explained_write_errors(folder):
+        trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
+    seconds = time.perf_counter() - started
+    ran = steps - log.first_step
+    return {
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "seconds": round(seconds, 1),
+        "tokens_per_s": round(ran * tokens_per_step / seconds, 1) if ran else None,
+        "precision": "bfloat16 autocast" if bf16 else "float32",
+        "resumed_from_step": log.first_step,
+    }
+
+
+class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported untyped
+    """Our loss, our order, atomic checkpoints."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, over the accumulation window
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"] != IGNORE).sum()
+        loss: Tensor = model(**inputs, normaliser=num_items_in_batch.clamp_min(1))
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_untied(state_dict or self.model.state_dict()), folder / MODULE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        target = self.model if model is None else model
+        missing, unexpected = target.load_state_dict(load_file(Path(resume_from_checkpoint) / MODULE), strict=False)
+        tied = set(target.state_dict()) - set(_untied(target.state_dict()))
+        if unexpected or set(missing) - tied:
+            raise RuntimeError(
+                f"{resume_from_checkpoint}: {sorted(set(missing) - tied)} missing, {unexpected} unexpected"
+            )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        beside = run / "tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        self._saving_into = str(beside)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_into = None
+        for finished in beside.iterdir():
+            shutil.rmtree(run / finished.name, ignore_errors=True)
+            finished.rename(run / finished.name)
+        beside.rmdir()
+        for old in _checkpoints(run)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    _saving_into: str | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._saving_into or str(super()._get_output_dir(trial))
+
+
+class JsonLog(TrainerCallback):  # type: ignore[misc]
+    """One JSON object per log interval; rows past the resumed step are dropped, so a killed run leaves one clean log."""
+
+    def __init__(
+        self, path: Path, module: DistillModule, task: Task, tokens_per_step: int, names: dict[str, tuple[str, ...]]
+    ) -> None:
+        self.path, self.module, self.task = path, module, task
+        self.tokens_per_step, self.names = tokens_per_step, names
+        self.first_step = 0
+        self._last = (0, time.perf_counter())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.first_step = state.global_step
+        rows = read_log(self.path) if self.path.exists() else []
+        kept = [row for row in rows if row["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._last = (state.global_step, time.perf_counter())
+        if state.global_step:
+            self.task.advance(state.global_step * self.tokens_per_step, f"resumed at step {state.global_step}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "grad_norm" not in logs:
+            return  # the Trainer's closing summary
+        sums = self.module.meter.read()
+        now = time.perf_counter()
+        steps = state.global_step - self._last[0]
+        labels = max(float(sums["labels"]), 1.0)
+        row: dict[str, Any] = {
+            "step": state.global_step,
+            "tokens": state.global_step * self.tokens_per_step,
+            "loss": logs["loss"],
+            "output": float(sums["output"]) / labels,
+            "cross_entropy": float(sums["cross_entropy"]) / labels,
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs["grad_norm"],
+            "tokens_per_s": round(steps * self.tokens_per_step / (now - self._last[1]), 1),
+        }
+        if "features" in sums:
+            row["features"] = float(sums["features"]) / labels
+        if "weights" in sums:
+            for name in ("weights", "entropies"):
+                row[name] = self._per_domain(sums[name], sums["rows"])
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        self._last = (state.global_step, now)
+        shown = ["output", "cross_entropy", *(["features"] if "features" in row else [])]
+        self.task.advance(steps * self.tokens_per_step, " ".join(f"{name} {row[name]:.3f}" for name in shown))
+
+    def _per_domain(self, sums: Tensor, rows: Tensor) -> dict[str, dict[str, float]]:
+        """{domain: {teacher: mean}}; domains without a row in this interval are left out."""
+        return {
+            domain: {t: round(float(sums[k, d] / rows[d]), 4) for k, t in enumerate(self.names["teachers"])}
+            for d, domain in enumerate(self.names["domains"])
+            if rows[d] > 0
+        }
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of training.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without second names of the same storage (tied embedding and head), which safetensors refuses."""
+    seen: dict[tuple[int, tuple[int, ...]], str] = {}
+    kept = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() == 0 or place not in seen:
+            seen[place] = name
+            kept[name] = tensor.contiguous()
+    return kept
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def _forget_incomplete(folder: Path) -> None:
+    """Remove what a kill left half-written, so that the Trainer cannot resume from it."""
+    shutil.rmtree(folder / "tmp", ignore_errors=True)
+    for path in folder.glob("checkpoint-*"):
+        if not all((path / name).is_file() for name in COMPLETE):
+            shutil.rmtree(path)

@@ -1,0 +1,105 @@
+"""What a recipe and its profiles come to, before anything is run: sizes, tokens, and what the arithmetic rules out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from edgestill.compress.teachers import TeacherFacts, check_same_tokenizer, fit_together, resolve_teachers
+from edgestill.export.model_facts import load_config, size_of_config
+from edgestill.profiles.arithmetic import ModelSize, predict, refuse_engine, refuse_impossible
+from edgestill.profiles.load import LoadedProfile, LoadedRecipe, load_profile, load_recipe
+from edgestill.profiles.schema import Recipe
+
+LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def student_size(recipe: Recipe, teachers: list[TeacherFacts], vocabulary: int) -> ModelSize:
+    """The size of the student that the recipe describes; no weight is allocated."""
+    spec = recipe.student
+    if spec.init == "config":
+        return size_of_config({"vocab_size": vocabulary, **(spec.config or {})})
+    teacher = next(t for t in teachers if t.name == spec.init.removeprefix("teacher:"))
+    config = load_config(teacher.path).to_dict()
+    layers = spec.layers or len(spec.keep_layers or ())
+    config |= {field: layers for field in LAYER_FIELDS if field in config}
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][:layers]
+    return size_of_config({**config, "vocab_size": vocabulary})
+
+
+def load_all(recipe: str, profiles: list[str]) -> tuple[LoadedRecipe, list[LoadedProfile], list[TeacherFacts], int]:
+    """Everything the words refer to, checked: the recipe, the profiles, the teachers and their shared vocabulary.
+
+    Raises:
+        BadInput: any of it cannot be used, or a profile's budget is beyond what the arithmetic allows.
+    """
+    loaded = load_recipe(recipe)
+    targets = [load_profile(name) for name in dict.fromkeys(profiles)]
+    for target in targets:
+        refuse_engine(target.profile, target.name)
+    teachers = resolve_teachers(loaded.recipe.teachers, loaded.resolve)
+    vocabulary = check_same_tokenizer(teachers)
+    size = student_size(loaded.recipe, teachers, vocabulary)
+    for target in targets:
+        refuse_impossible(size, target.profile, target.name)
+    return loaded, targets, teachers, vocabulary
+
+
+def plan(recipe: str, profiles: list[str]) -> list[tuple[str, str]]:
+    """Label and value rows of `edgestill plan`; touches nothing.
+
+    Raises:
+        BadInput: as `load_all`.
+    """
+    import psutil
+
+    loaded, targets, teachers, vocabulary = load_all(recipe, profiles)
+    words = loaded.recipe
+    size = student_size(words, teachers, vocabulary)
+    train, length = words.train, words.data.sequence_length
+    steps = math.ceil(train.tokens / (train.batch_size * train.gradient_accumulation * length))
+    rows = [("recipe", f"{loaded.name} ({_short(loaded.path)})")]
+    rows += [
+        (
+            f"teacher {t.name}",
+            f"{t.parameters:,} parameters, {t.hidden_size} wide, {t.n_layers} layers, {t.precision}, "
+            f"{t.memory_bytes / 2**20:.0f} MiB",
+        )
+        for t in teachers
+    ]
+    together = fit_together(teachers, psutil.virtual_memory().available)
+    rows += [
+        ("teachers in memory", "together" if together else "one at a time, by way of the cache"),
+        ("fusion", f"{words.fusion.weights} weights per {words.fusion.granularity}, {words.fusion.mix} mix"),
+        ("student", f"{size.parameters:,} parameters, {size.hidden_size} wide, {size.n_layers} layers"),
+        ("of its smallest teacher", f"{size.parameters / min(t.parameters for t in teachers):.0%}"),
+        ("training", f"{steps:,} steps of {train.batch_size} x {length} tokens x {train.gradient_accumulation}"),
+        ("held-out tokens", f"{words.reference.tokens:,}, top {words.reference.top_k} stored"),
+        ("quality limits", ", ".join(f"{name} {limit:g}" for name, limit in words.limits.items()) or "none"),
+    ]
+    for target in targets:
+        rows += _target_rows(target, size)
+    return rows
+
+
+def _target_rows(target: LoadedProfile, size: ModelSize) -> list[tuple[str, str]]:
+    found = predict(size, target.profile)
+    device, work = target.profile.device, target.profile.workload
+    bound = found.decode_tokens_per_s_bound
+    fast = f"at most {bound:,.0f} tokens/s" if bound is not None else "weights fit in the cache: not bound by memory"
+    return [
+        (f"profile {target.name}", f"{device.arch}, {device.engine}, {device.threads} threads"),
+        ("  workload", f"{work.prompt_tokens} + {work.new_tokens} tokens, batch {work.batch_size}"),
+        ("  weights", f"{target.profile.precision.weights}, {found.graph_mib:.2f} MiB of graph"),
+        ("  cache", f"{found.cache_mib:.2f} MiB"),
+        ("  memory", f"at least {found.peak_rss_mib_floor:.1f} MiB"),
+        ("  decode", fast),
+        ("  budget", ", ".join(f"{name} {limit:g}" for name, limit in target.profile.budget.items()) or "none"),
+    ]
+
+
+def _short(path: Path) -> str:
+    """The path as seen from the current folder, where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,141 @@
+"""The decode loop: a prompt in, pieces of text out, one per token, with the time each took.
+
+Work is done only while the caller asks for the next piece, so leaving the loop stops it and frees the cache. Times are those
+of the model: what the caller does between two pieces is not counted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+import numpy as np
+
+from edgestill.runtime.backends import F32, Backend, prefill
+from edgestill.runtime.sampling import Sampler
+from edgestill.runtime.text import Detokenizer, StopStrings
+
+Finish = Literal["stop", "length", "eos"]
+"""`stop`: a stop string or stop token; `length`: max_new_tokens; `eos`: the model's own end."""
+
+
+@dataclass(frozen=True)
+class GenerationStatistics:
+    """What one call did and how long it took."""
+
+    prompt_tokens: int
+    new_tokens: int
+    """Tokens produced, the one that ended the text included."""
+    first_token_ms: float
+    """From the start of the work to the first token: prefill, choice and decoding to text."""
+    inter_token_ms: tuple[float, ...]
+    """Time of every token after the first."""
+    finish_reason: Finish
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens / time to the first token."""
+        return 1000.0 * self.prompt_tokens / self.first_token_ms
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens after the first / the time they took; None when there is only one."""
+        return 1000.0 * len(self.inter_token_ms) / sum(self.inter_token_ms) if self.inter_token_ms else None
+
+    @property
+    def inter_token_ms_mean(self) -> float | None:
+        """Mean time between tokens; None when there is only one token."""
+        return sum(self.inter_token_ms) / len(self.inter_token_ms) if self.inter_token_ms else None
+
+    def inter_token_ms_percentile(self, percent: float) -> float | None:
+        """Percentile of the time between tokens (linear interpolation); None when there is only one token."""
+        return float(np.percentile(self.inter_token_ms, percent)) if self.inter_token_ms else None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token and the text that it completed."""
+
+    text: str
+    """Whole characters only; empty while a character or a possible stop string is incomplete."""
+    token_id: int
+    logprob: float
+    """Of the token under the model's own distribution (before temperature, filters and penalty), nats."""
+    finish: Finish | None = None
+    """Set on the last piece, with `statistics`."""
+    statistics: GenerationStatistics | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Every token produced, the one that ended the text included."""
+    logprobs: tuple[float, ...]
+    finish_reason: Finish
+    statistics: GenerationStatistics
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a text before its length does."""
+
+    max_new_tokens: int
+    eos_token_ids: Collection[int]
+    stop_token_ids: Collection[int]
+
+    def reason(self, token_id: int, new_tokens: int, stopped: bool) -> Finish | None:
+        """Why the text ends after this token, or None."""
+        if stopped or token_id in self.stop_token_ids:
+            return "stop"
+        if token_id in self.eos_token_ids:
+            return "eos"
+        return "length" if new_tokens == self.max_new_tokens else None
+
+
+def generate_pieces(
+    backend: Backend,
+    prompt_ids: Sequence[int],
+    sampler: Sampler,
+    detokenizer: Detokenizer,
+    stops: StopStrings,
+    ending: Ending,
+) -> Iterator[Piece]:
+    """Decode after `prompt_ids` (at least one token); the last piece has `finish` and `statistics`.
+
+    Arguments are checked by `Model.stream`.
+    """
+    started = perf_counter()
+    state = backend.new_state(1, len(prompt_ids) + ending.max_new_tokens)
+    logits = _last_logits(backend, state, prompt_ids)
+    token_ids = np.empty((1, 1), np.int64)
+    times: list[float] = []
+    finish: Finish | None = None
+    while True:
+        token, logprob = sampler.choose(logits)
+        silent = token in ending.eos_token_ids or token in ending.stop_token_ids
+        text = stops.push("" if silent else detokenizer.push(token))
+        finish = ending.reason(token, len(times) + 1, stops.stopped)
+        if finish is not None and not stops.stopped:
+            text += stops.flush()
+        times.append(1000.0 * (perf_counter() - started))
+        if finish is not None:
+            break
+        yield Piece(text, token, logprob)
+        started = perf_counter()
+        token_ids[0, 0] = token
+        logits = backend.step(state, token_ids)[0, 0]
+    statistics = GenerationStatistics(len(prompt_ids), len(times), times[0], tuple(times[1:]), finish)
+    yield Piece(text, token, logprob, finish, statistics)
+
+
+def _last_logits(backend: Backend, state: object, prompt_ids: Sequence[int]) -> F32:
+    """Prefill; returns the logits after the last token, float32 [V], valid until the next step."""
+    chunks = prefill(backend, state, np.asarray([prompt_ids], np.int64))
+    last: F32 = deque(chunks, maxlen=1)[0][1][0, -1]
+    return last

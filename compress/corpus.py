@@ -21,8 +21,9 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from edgestill.compress.encoding import WHOLE_DOCUMENTS, EncodedSource, encode_source
 from edgestill.compress.overlap import Overlap, check_disjoint
-from edgestill.compress.packing import WHOLE_DOCUMENTS, Part, Stream, encode_source, pack, split
+from edgestill.compress.packing import Part, Stream, pack
 from edgestill.compress.sources import read_source, source_hash, source_name
 from edgestill.compress.tokenizer_check import load_tokenizer, real_vocabulary
 from edgestill.profiles.schema import DataSpec, SourceSpec, SplitSpec
@@ -103,14 +104,15 @@ def build_corpus(
         with progress.task("reading text", len(wanted), "sources") as task:
             for number, (part, source) in enumerate(wanted):
                 items = read_source(source, resolve, scratch)
-                stream = encode_source(items, tokenizer, dtype, source_name(source))
-                facts.append(_facts(part, source, stream))
-                pieces = split(stream, shares, tokenizer) if part == "training" else {part: stream}
-                for name, piece in pieces.items():
-                    if name == "training" and len(piece.ends) >= WHOLE_DOCUMENTS:
-                        piece = piece.shuffled(np.random.default_rng([seed, number]))
-                    streams[name].append((piece, number, domains.index(source.domain)))
-                task.advance(1, note=f"{len(stream.token_ids)} tokens")
+                taken = shares if part == "training" else {}
+                encoded = encode_source(items, taken, tokenizer, dtype, source_name(source))
+                facts.append(_facts(part, source, encoded))
+                for name, stream in encoded.streams.items():
+                    if part == name == "training" and len(stream.ends) >= WHOLE_DOCUMENTS:
+                        stream = stream.shuffled(np.random.default_rng([seed, number]))
+                    to = name if part == "training" else part
+                    streams[to].append((stream, number, domains.index(source.domain)))
+                task.advance(1, note=f"{encoded.tokens} tokens")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     parts = {name: _pack(name, streams[name], facts, data.sequence_length) for name in PARTS}
@@ -192,15 +194,15 @@ def training_order(corpus: Corpus, tokens: int, seed: int) -> npt.NDArray[np.int
     return np.concatenate(turns)[place].astype(np.int64)
 
 
-def _facts(part: str, source: SourceSpec, stream: Stream) -> SourceFacts:
+def _facts(part: str, source: SourceSpec, encoded: EncodedSource) -> SourceFacts:
     return SourceFacts(
         name=source_name(source),
         part=part,
         domain=source.domain,
         weight=source.weight,
-        sha256=stream.sha256,
-        documents=len(stream.ends),
-        tokens=len(stream.token_ids),
+        sha256=encoded.sha256,
+        documents=encoded.documents,
+        tokens=encoded.tokens,
     )
 
 

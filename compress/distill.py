@@ -26,13 +26,12 @@ import numpy.typing as npt
 import psutil
 import torch
 from edgestill.compress.calibrate import MAX_WINDOWS, calibrate
-from edgestill.compress.corpus import Corpus, build_corpus, open_corpus, training_order
+from edgestill.compress.corpus import Corpus, build_corpus, open_corpus, source_hashes, training_order
 from edgestill.compress.distill_module import DistillModule, TeachersAtWork, TeacherSource, TeachersRemembered
 from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fused_head import OutputLoss
 from edgestill.compress.fusion import WeightRule
 from edgestill.compress.reference import choose_windows, make_reference, perplexity
-from edgestill.compress.sources import source_hash
 from edgestill.compress.stages import Stage, Workspace
 from edgestill.compress.student import count_parameters, make_student
 from edgestill.compress.teacher_cache import capture, open_cache
@@ -109,10 +108,9 @@ def run(loaded: LoadedRecipe, space: Workspace, progress: Progress) -> Distilled
 
 def _corpus(loaded: LoadedRecipe, space: Workspace, teacher: TeacherFacts) -> tuple[Stage, Corpus]:
     data, seed = loaded.recipe.data, loaded.recipe.train.seed
-    own = [spec for spec in (data.validation, data.held_out) if isinstance(spec, list)]
     inputs = {
         "data": data.model_dump(mode="json"),
-        "texts": [source_hash(s, loaded.resolve) for s in [*data.sources, *(s for specs in own for s in specs)]],
+        "texts": source_hashes(data, loaded.resolve),
         "tokenizer": _hash(teacher.path / "tokenizer.json"),
         "seed": seed,
         "code": CODE["corpus"],

@@ -23,9 +23,10 @@ ROW_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text that belongs together: an end-of-document token follows it."""
+    """Plain text that belongs together. `complete`: it ends here, and an end-of-document token follows it."""
 
     text: str
+    complete: bool = True
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ the scale is repeated for each block, which is what lets the same kernel multipl
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +78,17 @@ def dequantize(weight: BlockWeight) -> F32:
     return np.ascontiguousarray(values.T)
 
 
-def sqnr_db(signal: npt.NDArray[np.floating[Any]], approximation: npt.NDArray[np.floating[Any]]) -> float:
-    """Signal to quantization noise, 10 log10(sum s^2 / sum (s - a)^2) in dB; inf when they are equal."""
+def sqnr_db(signal: npt.NDArray[np.floating[Any]], approximation: npt.NDArray[np.floating[Any]]) -> float | None:
+    """Signal to quantization noise, 10 log10(sum s^2 / sum (s - a)^2) in dB; None when they are equal."""
     exact = signal.astype(np.float64)
-    noise = float(np.square(exact - approximation).sum())
-    power = float(np.square(exact).sum())
-    return float("inf") if noise == 0 else 10 * float(np.log10(max(power, np.finfo(np.float64).tiny) / noise))
+    return decibels(float(np.square(exact).sum()), float(np.square(exact - approximation).sum()))
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise) of two powers; None without noise."""
+    if noise == 0:
+        return None
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def _unpack(packed: U8, bits: int) -> npt.NDArray[np.int16]:

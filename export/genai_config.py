@@ -9,7 +9,9 @@ from typing import Any
 
 from edgestill.runtime.manifest import Graph, ModelFacts
 
-OWN_TYPES = frozenset({"gemma", "gemma2", "granite", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3"})
+OWN_TYPES = frozenset(
+    {"gemma", "gemma2", "granite", "llama", "mistral", "olmo", "phi", "phi3", "qwen2", "qwen3", "smollm3"}
+)
 """Model types whose genai name is the transformers name. The others load as `decoder`, the plain decoder-only kind; genai's
 own `gpt2` would look for one combined tensor of keys and values per layer."""
 OPTIONAL_INPUTS = ("attention_mask", "position_ids")
@@ -33,7 +35,11 @@ def genai_config(facts: ModelFacts, graph: Graph, *, threads: int | None = None)
         "num_key_value_heads": facts.n_kv_heads,
         "num_hidden_layers": facts.n_layers,
         "inputs": inputs | {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
-        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
     }
     model = {
         "type": facts.model_type if facts.model_type in OWN_TYPES else "decoder",

@@ -9,6 +9,7 @@ Attention is traced in its `eager` form: fewer operators than sdpa's, which wrap
 from __future__ import annotations
 
 import logging
+import random
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def _trace(checkpoint: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _quiet(), torch.random.fork_rng(devices=[]), _trace_warnings_ignored():
+    with _quiet(), _random_state_kept(), _trace_warnings_ignored():
         from optimum.exporters.onnx import onnx_export_from_model
 
         try:
@@ -119,6 +120,19 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Give back the random state from which Optimum draws the sizes and the ids of its trace."""
+    import torch
+
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
 
 
 @contextmanager

@@ -1,19 +1,12 @@
-"""The exported file against torch, and the quantized file against the weights it ships: through every way it can be run.
-
-    prefill               all tokens of a window in one step
-    chunked prefill       the same in several steps, so that the cache is read
-    single steps          one token at a time from an empty cache
-    decode after prefill  a prompt in one step, then one token at a time
-    left padding          a batch of two rows of which the second starts later; its padding is not compared
-    over-long prompt      must be refused
+"""The exported file against torch, and the quantized file against the weights it ships, in every way of running it (ways.py).
 
 Nothing is raised for a difference: each way gives a row with its verdict, and the caller stops the build.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from edgestill.export.blockwise import decibels
 from edgestill.export.graph_io import load_graph, save_graph
 from edgestill.export.onnx_export import ExportedGraph
+from edgestill.export.ways import WAYS
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.backends.ort import OrtBackend
 from edgestill.runtime.errors import EdgestillError, PromptTooLong
@@ -60,6 +55,7 @@ class ParityRow:
     equal_argmax: int = 0
     max_abs_delta: float | None = None
     sqnr_db: float | None = None
+    """None without any difference."""
     reason: str = ""
     """Why it failed, where that is no number."""
 
@@ -90,7 +86,9 @@ def check_quantized_parity(
     return rows
 
 
-def parity_rows(dequantized: Path, facts: ModelFacts, graph: Graph, token_ids: Ids, rows: int, seed: int) -> tuple[I32, F32]:
+def parity_rows(
+    dequantized: Path, facts: ModelFacts, graph: Graph, token_ids: Ids, rows: int, seed: int
+) -> tuple[I32, F32]:
     """`rows` random places of `token_ids` [W, T] and the float32 logits there, for reference/parity.safetensors.
 
     Returns positions int32 [r, 2] (window, position; ascending) and logits float32 [r, V].
@@ -140,65 +138,6 @@ def ort_logits(path: Path, facts: ModelFacts, graph: Graph, token_ids: Ids) -> F
     return np.stack(windows)
 
 
-# ------------------------------------------------------------------------------------------------ ways of running
-
-Steps = Iterator[tuple[int, int, F32]]
-"""(window, first position, logits [n, V]) of each step; the logits are valid until the next."""
-
-
-def _prefill(backend: OrtBackend, ids: npt.NDArray[np.int64]) -> Steps:
-    yield from _stepwise(backend, ids, [ids.shape[1]])
-
-
-def _chunked(backend: OrtBackend, ids: npt.NDArray[np.int64]) -> Steps:
-    size = max(1, ids.shape[1] // 3 - 1)  # a size that does not divide the window: the last chunk is shorter
-    full, rest = divmod(ids.shape[1], size)
-    yield from _stepwise(backend, ids, [size] * full + [rest] * (rest > 0))
-
-
-def _single(backend: OrtBackend, ids: npt.NDArray[np.int64]) -> Steps:
-    yield from _stepwise(backend, ids[:1], [1] * ids.shape[1])
-
-
-def _decode(backend: OrtBackend, ids: npt.NDArray[np.int64]) -> Steps:
-    steps = min(8, ids.shape[1] - 1)
-    yield from _stepwise(backend, ids, [ids.shape[1] - steps, *[1] * steps])
-
-
-def _stepwise(backend: OrtBackend, ids: npt.NDArray[np.int64], sizes: list[int]) -> Steps:
-    for window, row in enumerate(ids):
-        state, start = backend.new_state(1, len(row)), 0
-        for size in sizes:
-            yield window, start, backend.step(state, row[None, start : start + size])[0]
-            start += size
-
-
-def _padded(backend: OrtBackend, ids: npt.NDArray[np.int64]) -> Steps:
-    length = ids.shape[1]
-    padding, other = length // 3, min(1, len(ids) - 1)
-    late = np.concatenate([np.zeros(padding, np.int64), ids[other, : length - padding]])
-    batch = np.stack([ids[0], late])
-    state, start = backend.new_state(2, length, left_padding=[0, padding]), 0
-    for size in [length - 4, 1, 1, 1, 1] if length > 4 else [length]:
-        logits = backend.step(state, batch[:, start : start + size])
-        yield 0, start, logits[0]
-        if start + size > padding:
-            yield other, max(start - padding, 0), logits[1, max(padding - start, 0) :]
-        start += size
-
-
-WAYS: dict[str, Callable[[OrtBackend, npt.NDArray[np.int64]], Steps]] = {
-    "prefill": _prefill,
-    "chunked prefill": _chunked,
-    "single steps": _single,
-    "decode after prefill": _decode,
-    "left padding": _padded,
-}
-
-
-# ------------------------------------------------------------------------------------------------------ comparing
-
-
 def _compare(
     path: Path,
     facts: ModelFacts,
@@ -216,12 +155,13 @@ def _compare(
     except EdgestillError as refusal:
         return [ParityRow(f"{label}opening", limit, unit, passed=False, reason=str(refusal))]
     rows = []
+    refusals: tuple[type[Exception], ...] = (EdgestillError, *_onnxruntime_errors())
     for name, way in WAYS.items():
         difference = _Difference()
         try:
             for window, start, logits in way(backend, ids):
                 difference.add(reference[window, start : start + len(logits)], logits)
-        except (EdgestillError, *_onnxruntime_errors()) as refusal:
+        except refusals as refusal:
             rows.append(ParityRow(label + name, limit, unit, passed=False, reason=str(refusal)[:200]))
         else:
             rows.append(difference.row(label + name, limit, unit))
@@ -269,10 +209,13 @@ class _Difference:
         self._noise += float(np.square(delta - delta.mean(axis=1, keepdims=True)).sum())
 
     def row(self, path: str, limit: float, unit: Literal["logit", "dB"]) -> ParityRow:
-        """The verdict. A NaN passes nothing."""
-        ratio = self._signal / self._noise if self._noise else np.inf
-        sqnr = 10 * float(np.log10(ratio)) if ratio > 0 else -np.inf
-        passed = self.max_abs_delta <= limit if unit == "logit" else sqnr >= limit
+        """The verdict."""
+        if not math.isfinite(self.max_abs_delta):
+            return ParityRow(
+                path, limit, unit, False, self.positions, self.equal_argmax, reason="logits that are no numbers"
+            )
+        sqnr = decibels(self._signal, self._noise)
+        passed = self.max_abs_delta <= limit if unit == "logit" else sqnr is None or sqnr >= limit
         return ParityRow(path, limit, unit, passed, self.positions, self.equal_argmax, self.max_abs_delta, sqnr)
 
 

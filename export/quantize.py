@@ -39,8 +39,8 @@ class QuantizedNode:
     operator: str
     shape: tuple[int, int]
     bits: int
-    sqnr_db: float
-    """Of the weight alone: 10 log10(sum w^2 / sum (w - shipped w)^2)."""
+    sqnr_db: float | None
+    """Of the weight alone: 10 log10(sum w^2 / sum (w - shipped w)^2); None when it was on the grid already."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ class _Store:
         self.bits = 8 if precision.weights == "int8" else 4
         self._graph = graph
         self._precision = precision
-        self._known: dict[tuple[str, bool], tuple[BlockWeight, list[ir.Value], float]] = {}
+        self._known: dict[tuple[str, bool], tuple[BlockWeight, list[ir.Value], float | None]] = {}
 
-    def put(self, weight: Linear | Table) -> tuple[BlockWeight, list[ir.Value], float]:
+    def put(self, weight: Linear | Table) -> tuple[BlockWeight, list[ir.Value], float | None]:
         """(blocks, initializers of codes, scales and zero points, SQNR in dB)."""
         rows = weight.transposed if isinstance(weight, Linear) else True
         name = str(weight.weight.name)

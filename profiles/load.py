@@ -18,11 +18,11 @@ from pydantic import ValidationError
 from edgestill.profiles.arithmetic import precision_problem
 from edgestill.profiles.explain import explain, key_words
 from edgestill.profiles.locate import Kind, base_of, find, name_of, packaged
-from edgestill.profiles.schema import Profile, Recipe, Words
+from edgestill.profiles.schema import LimitsFile, Profile, Recipe, Words
 from edgestill.profiles.strict_yaml import Document, Problem, read_yaml
 from edgestill.runtime.errors import BadInput
 
-__all__ = ["LoadedProfile", "LoadedRecipe", "load_profile", "load_recipe", "packaged"]
+__all__ = ["LoadedProfile", "LoadedRecipe", "load_limits", "load_profile", "load_recipe", "packaged"]
 
 MAX_BYTES = 1 << 20
 """A recipe or profile is a page of text; more is the wrong file."""
@@ -81,19 +81,34 @@ def load_profile(name_or_path: str) -> LoadedProfile:
     return LoadedProfile(profile, name, path, text)
 
 
+def load_limits(path: Path) -> dict[str, float]:
+    """The limits in a file of `format: 1` and `limits:`.
+
+    Raises:
+        BadInput: no such file, or one line per problem in it.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: there is no such file; write one with `format: 1` and `limits:`")
+    found, _ = _validate(_read(path, str(path), "file of limits"), str(path), LimitsFile)
+    return dict(found.limits)
+
+
 def _open(name_or_path: str, kind: Kind) -> tuple[str, Path, str, str]:
     """(name, absolute path, path as shown to the user, text)."""
     path = find(name_or_path, kind)
     shown = f"{name_or_path}.yaml" if path.stem == name_or_path else name_or_path
-    name = name_of(name_or_path)
+    return name_of(name_or_path), path, shown, _read(path, shown, kind[:-1])
+
+
+def _read(path: Path, shown: str, what: str) -> str:
     try:
         raw = path.read_bytes()
     except PermissionError:
         raise BadInput(f"{shown}: cannot be read (no permission); change its mode or its owner") from None
     if len(raw) > MAX_BYTES:
-        raise BadInput(f"{shown}: is {len(raw)} bytes (limit {MAX_BYTES}); give the YAML file of a {kind[:-1]}")
+        raise BadInput(f"{shown}: is {len(raw)} bytes (limit {MAX_BYTES}); give the YAML file of a {what}")
     try:
-        return name, path, shown, raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise BadInput(f"{shown}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8") from None

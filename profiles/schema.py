@@ -228,6 +228,13 @@ LimitName = Annotated[str, _metric_of("recipe", LIMITS)]
 BudgetName = Annotated[str, _metric_of("profile", BUDGETS)]
 
 
+class LimitsFile(Words):
+    """Quality limits alone, for `edgestill export --limits FILE`."""
+
+    format: Literal[1]
+    limits: dict[LimitName, Positive]
+
+
 class Recipe(Words):
     """Which teachers, which text, which student, which losses, quality limits."""
 

@@ -120,10 +120,11 @@ def export(
 
 
 def _print_stored(bundle: Path) -> None:
-    """The verdict table of the report that the build stored in `bundle`."""
-    stored = bundle / "report" / "report.json"
+    """The verdict table of the newest report of `bundle`: its own, or that of a build which stopped at parity."""
     typer.echo(f"\n{bundle}")
-    if stored.is_file():
-        print_report(json.loads(stored.read_text(encoding="utf-8")))
+    places = (bundle / "report" / "report.json", bundle.with_name(f"{bundle.name}.failed") / "report.json")
+    stored = sorted((place for place in places if place.is_file()), key=lambda place: place.stat().st_mtime_ns)
+    if stored:
+        print_report(json.loads(stored[-1].read_text(encoding="utf-8")))
     else:
         typer.echo("no report was written")

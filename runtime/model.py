@@ -51,16 +51,20 @@ def load(path: str | Path, *, verify: bool = True, threads: int | None = None) -
 def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
     """The engine that the bundle's profile names, with the bundle's graph in it."""
     device = bundle.manifest.profile.get("device", {})
-    engine = device.get("engine", "onnxruntime-cpu")
+    engine, wanted = device.get("engine", "onnxruntime-cpu"), device.get("threads")
     if engine != "onnxruntime-cpu":
         raise MissingPart(
             f"the engine {engine} of this bundle can't be run here", "build it for engine onnxruntime-cpu"
         )
     from edgestill.runtime.backends.ort import OrtBackend, available_cpus
 
-    graph = bundle.manifest.graph
-    wanted = threads or min(device.get("threads", available_cpus()), available_cpus())
-    return OrtBackend(bundle.path(graph.file), bundle.manifest.model, graph, threads=wanted)
+    if wanted is not None and (type(wanted) is not int or wanted < 1):
+        raise BundleError(
+            f"{bundle.folder}: device.threads is {wanted!r}, not a positive integer; build the bundle again"
+        )
+    graph, cpus = bundle.manifest.graph, available_cpus()
+    threads = threads or min(wanted or cpus, cpus)
+    return OrtBackend(bundle.path(graph.file), bundle.manifest.model, graph, threads=threads)
 
 
 class Model:
@@ -200,7 +204,7 @@ class Model:
         return scoring.score(self.backend, ids)
 
     def forward_windows(
-        self, token_ids: npt.NDArray[np.integer[Any]], *, path: scoring.Path
+        self, token_ids: npt.NDArray[np.integer[Any]], path: scoring.ScorePath = "prefill"
     ) -> Iterator[tuple[int, F32]]:
         """Logits of every position of `token_ids` (integers [B, T]): see `score.forward_windows`.
 
@@ -270,11 +274,11 @@ def _eos_token_ids(bundle: Bundle) -> frozenset[int]:
         return frozenset(facts.eos_token_ids)
     path = bundle.path(GENERATION_CONFIG)
     try:
-        found = json.loads(path.read_bytes())["eos_token_id"]
-    except KeyError:
-        return frozenset(facts.eos_token_ids)
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_bytes()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
         raise BundleError(f"{path}: not a JSON object ({error}); copy or build the bundle again") from error
+    if found is None:
+        return frozenset(facts.eos_token_ids)
     ids = found if isinstance(found, list) else [found]
     if not all(type(i) is int and 0 <= i < facts.vocab_size for i in ids):
         raise BundleError(f"{path}: eos_token_id is {found!r}, not ids of the vocabulary; build the bundle again")

@@ -117,12 +117,12 @@ def distribution(scores: F32, options: SamplingOptions) -> tuple[npt.NDArray[np.
     a boundary stay together.
     """
     scaled = scores / np.float32(options.temperature)
+    tokens = np.arange(scaled.size)
     if 0 < options.top_k < scaled.size:
         kth = np.partition(scaled, scaled.size - options.top_k)[scaled.size - options.top_k]
         tokens = np.flatnonzero(scaled >= kth)
-    else:
-        tokens = np.arange(scaled.size)
-    probabilities = _softmax(scaled[tokens])
+        scaled = scaled[tokens]
+    probabilities = _softmax(scaled)
     if options.top_p < 1.0:
         keep = probabilities >= _nucleus_floor(probabilities, options.top_p)
         tokens, probabilities = tokens[keep], probabilities[keep] / probabilities[keep].sum()

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgestill.runtime.backends import F32, I64, Backend, prefill
 
-Path = Literal["prefill", "cached"]
+ScorePath = Literal["prefill", "cached"]
 
 
 def label_logprobs(logits: F32, labels: I64) -> F32:
@@ -38,7 +38,7 @@ def score(backend: Backend, token_ids: I64) -> F32:
     return scores
 
 
-def forward_windows(backend: Backend, token_ids: I64, *, path: Path) -> Iterator[tuple[int, F32]]:
+def forward_windows(backend: Backend, token_ids: I64, *, path: ScorePath) -> Iterator[tuple[int, F32]]:
     """Logits of every position of `token_ids` (int64 [B, T]), in order; each window is a row with a cache of its own.
 
     Yields (start, logits): float32 [B, t, V] for positions start .. start + t - 1, valid until the next item. `cached` gives

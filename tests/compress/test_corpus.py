@@ -13,7 +13,9 @@ import pytest
 from tiny import write_text, write_tokenizer
 
 from edgestill.compress.corpus import Corpus, build_corpus, open_corpus, source_hashes, training_order
+from edgestill.compress.encoding import cut_texts
 from edgestill.compress.packing import window_blocks
+from edgestill.compress.sources import Document
 from edgestill.profiles.schema import DataSpec
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import QuietProgress
@@ -73,6 +75,18 @@ def test_one_document_is_cut_at_paragraphs_and_nothing_is_lost_but_the_ends(tmp_
     assert corpus.sources[0]["tokens"] == len(whole)
     parts = (corpus.training, corpus.validation, corpus.held_out)
     assert corpus.dropped_tokens == len(whole) - sum(p.token_ids.size for p in parts)
+
+
+def test_few_documents_are_cut_each_at_its_own_end_and_only_true_ends_end() -> None:
+    texts = ["a" * 50 + "\n\n" + "b" * 18 + "\n\n" + "c" * 28, "d\n" * 10]
+    pieces = cut_texts([Document(text) for text in texts], {"validation": 0.2, "held_out": 0.3})
+    assert pieces == {
+        "training": [Document(texts[0][:52], complete=False), Document("d\n" * 5, complete=False)],
+        "validation": [Document(texts[0][52:72], complete=False), Document("d\n" * 2, complete=False)],
+        "held_out": [Document("c" * 28), Document("d\n" * 3)],
+    }
+    for i, text in enumerate(texts):
+        assert "".join(pieces[part][i].text for part in ("training", "validation", "held_out")) == text
 
 
 def test_many_documents_stay_whole(tmp_path: Path, build: Build) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_model
 
 from edgestill.profiles.arithmetic import (
     ModelSize,
@@ -187,3 +189,17 @@ def test_engines_that_are_not_built_yet() -> None:
     )
     for name in ("cpu-x86", "cpu-arm64"):
         refuse_engine(load_profile(name).profile, name)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_the_prediction_is_the_size_of_a_real_graph(weights: str, tmp_path: Path) -> None:
+    from edgestill.export.model_facts import load_config, size_of_config
+    from edgestill.export.onnx_export import export_onnx
+    from edgestill.export.quantize import quantize_graph
+
+    checkpoint = write_model(tmp_path / "model", width=128, layers=2, vocab=2048)
+    export_onnx(checkpoint, tmp_path / "float")
+    given = profile(weights)
+    quantized = quantize_graph(tmp_path / "float" / "model.onnx", tmp_path / "model.onnx", given.precision)
+    predicted = predict(size_of_config(load_config(checkpoint)), given).graph_mib
+    assert predicted <= quantized.graph_bytes / 2**20 <= predicted + 0.1  # nodes and norms

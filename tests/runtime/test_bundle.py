@@ -71,7 +71,9 @@ def test_a_flipped_bit_is_found(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["truncate", "remove", "symlink", "folder"])
-def test_a_damaged_structure_is_refused_by_verify_and_load(folder: Path, tmp_path: Path, name: str, damage: str) -> None:
+def test_a_damaged_structure_is_refused_by_verify_and_load(
+    folder: Path, tmp_path: Path, name: str, damage: str
+) -> None:
     file = folder / name
     if damage == "truncate":
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

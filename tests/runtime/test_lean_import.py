@@ -12,7 +12,18 @@ from bundles import make_bundle
 
 import edgestill.runtime
 
-TRAINING = {"torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "yaml", "pydantic", "datasets", "accelerate"}
+TRAINING = {
+    "torch",
+    "transformers",
+    "optimum",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "yaml",
+    "pydantic",
+    "datasets",
+    "accelerate",
+}
 HEAVY = TRAINING | {"onnxruntime", "tokenizers", "numpy", "jinja2", "safetensors", "typer", "rich"}
 
 

@@ -75,7 +75,9 @@ def test_padded_rows_are_those_of_torch(backends: dict[str, OrtBackend], family:
     mask = (np.arange(20) >= np.array(padding)[:, None]).astype(np.int64)
     expected = theirs(family, ids, mask)
     state = backends[family].new_state(3, 20, left_padding=padding)
-    seen = np.concatenate([backends[family].step(state, ids[:, a:b]).copy() for a, b in ((0, 12), (12, 13), (13, 20))], 1)
+    seen = np.concatenate(
+        [backends[family].step(state, ids[:, a:b]).copy() for a, b in ((0, 12), (12, 13), (13, 20))], 1
+    )
     real = mask.astype(bool)
     np.testing.assert_allclose(seen[real], expected[real], rtol=0, atol=1e-4)
     unpadded = theirs(family, ids[2:, 9:])  # and those of the same row alone
@@ -172,9 +174,17 @@ def test_a_graph_that_is_not_the_declared_one_is_refused(tmp_path: Path) -> None
     mask = next(s for s in graph.inputs if s.name == "attention_mask")
     extra = TensorSpec("position_ids", "int64", ("B", "n"))
     cases = [
-        (replace(graph, inputs=(*graph.inputs, extra)), 1, "input position_ids is absent in the graph and int64 in the"),
+        (
+            replace(graph, inputs=(*graph.inputs, extra)),
+            1,
+            "input position_ids is absent in the graph and int64 in the",
+        ),
         (replace(graph, inputs=tuple(s for s in graph.inputs if s != mask)), 1, "attention_mask is int64 in the graph"),
-        (replace(graph, outputs=(replace(graph.outputs[0], dtype="float32"), *graph.outputs[1:])), 1, "logits is float16"),
+        (
+            replace(graph, outputs=(replace(graph.outputs[0], dtype="float32"), *graph.outputs[1:])),
+            1,
+            "logits is float16",
+        ),
         (graph, 2, r"has no input past_key_values\.1\.key"),
     ]
     for declared, layers, why in cases:
@@ -185,6 +195,6 @@ def test_a_graph_that_is_not_the_declared_one_is_refused(tmp_path: Path) -> None
 def test_a_file_that_is_no_graph_is_refused_in_one_line(tmp_path: Path) -> None:
     graph, _ = running_sum(tmp_path / "g.onnx")
     shutil.copy(__file__, tmp_path / "g.onnx")
-    with pytest.raises(BundleError, match="onnxruntime .* can't open it") as refusal:
+    with pytest.raises(BundleError, match=r"onnxruntime .* can't open it") as refusal:
         OrtBackend(tmp_path / "g.onnx", facts(1, 1), graph, threads=1)
     assert "\n" not in str(refusal.value)

@@ -2,7 +2,7 @@
 
     edgestill build quickstart    --profile cpu-x86
     edgestill build quickstart-ce --profile cpu-x86
-    python benchmarks/compare_bundles.py build/quickstart/cpu-x86 build/quickstart-ce/cpu-x86 --json benchmarks/results/quickstart.json
+    python benchmarks/compare_bundles.py build/quickstart/cpu-x86 build/quickstart-ce/cpu-x86 --json FILE
 
 Both bundles are scored from their shipped graph through the cached one-token path. Both must carry the same held-out tokens.
 Differences are mean log-likelihoods per token in nats (positive: the first bundle is better) with standard errors over
@@ -83,7 +83,9 @@ def main() -> None:
     for domain, row in result["domains"].items():
         for who, perplexity in row["perplexity"].items():
             gain = row["first_over"].get(who)
-            beside = f"first better by {gain['nats_per_token']:+.4f} ± {gain['standard_error']:.4f} nats" if gain else ""
+            beside = (
+                f"first better by {gain['nats_per_token']:+.4f} ± {gain['standard_error']:.4f} nats" if gain else ""
+            )
             print(f"{domain:8} {who:16} perplexity {perplexity:9.2f}  {beside}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

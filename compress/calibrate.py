@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from edgestill.compress.corpus import Part
 from edgestill.compress.fused_head import DEFAULT_CHUNK_BYTES
 from edgestill.compress.teachers import Teacher

@@ -31,7 +31,16 @@ from edgestill.runtime.errors import BadInput
 from edgestill.runtime.manifest import canonical_json
 from edgestill.runtime.progress import Progress
 
-__all__ = ["Corpus", "Part", "SourceFacts", "build_corpus", "open_corpus", "source_hashes", "training_order"]
+__all__ = [
+    "Corpus",
+    "Part",
+    "SourceFacts",
+    "build_corpus",
+    "held_out_part",
+    "open_corpus",
+    "source_hashes",
+    "training_order",
+]
 
 MANIFEST = "corpus.json"
 LAYOUT = 1
@@ -122,6 +131,28 @@ def build_corpus(
     progress.say(f"tokens: {sizes}; {dropped} at the ends of sources fill no window of {data.sequence_length}")
     head = {"layout": LAYOUT, "sequence_length": data.sequence_length, "domains": domains, "dropped_tokens": dropped}
     _write(out, parts, {**head, "sources": facts, "overlap": asdict(overlap), "seed": seed})
+
+
+def held_out_part(text: Path, tokenizer_folder: Path, sequence_length: int, scratch: Path) -> Part:
+    """All of one local source as held-out windows, for a checkpoint that is judged without having been trained here.
+
+    Args:
+        text: plain text, .jsonl, .parquet, or a folder of such.
+        scratch: a folder that may be written and deleted while reading.
+
+    Raises:
+        BadInput: as `build_corpus`.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder, "tokenizer")
+    dtype = np.uint16 if real_vocabulary(tokenizer) <= 1 << 16 else np.uint32
+    source = SourceSpec(path=str(text))
+    try:
+        encoded = encode_source(read_source(source, Path, scratch), {}, tokenizer, dtype, str(text))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return _pack(
+        "held_out", [(encoded.streams["training"], 0, 0)], [_facts("held_out", source, encoded)], sequence_length
+    )
 
 
 def open_corpus(folder: Path) -> Corpus:

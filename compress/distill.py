@@ -25,6 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from edgestill.compress.calibrate import MAX_WINDOWS, calibrate
 from edgestill.compress.corpus import Corpus, build_corpus, open_corpus, source_hashes, training_order
 from edgestill.compress.distill_module import DistillModule, TeachersAtWork, TeacherSource, TeachersRemembered
@@ -47,8 +50,6 @@ from edgestill.profiles.load import LoadedRecipe, load_recipe
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import save_reference
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CODE = {"corpus": 1, "calibrate": 1, "cache": 1, "train": 1, "reference": 1}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
@@ -336,7 +337,8 @@ class _Story:
             windows = choose_windows(self.corpus.held_out, recipe.reference.tokens)
             with self.progress.task("held-out answers", len(windows) * (1 + len(teachers)), "windows") as task:
                 made = make_reference(
-                    self.corpus,
+                    self.corpus.held_out,
+                    self.corpus.domains,
                     recipe.reference,
                     teachers,
                     calibrations,

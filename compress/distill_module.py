@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from edgestill.compress.features import Balance, FeatureLoss
 from edgestill.compress.fused_head import OutputLoss, output_loss
 from edgestill.compress.fusion import WeightRule, pool
 from edgestill.compress.targets import CachedAnswers, CachedTarget, OnlineTarget, Target, TeacherRows
 from edgestill.compress.teacher_cache import TeacherCache
 from edgestill.compress.teachers import Teacher, hidden_states
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 IGNORE = -100
 """Label of a token that does not count, as in transformers."""

@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
+
 from edgestill.compress.layer_map import layer_pairs
 from edgestill.profiles.schema import FeatureLossSpec
 from edgestill.runtime.errors import BadInput
-from torch import Tensor, nn
 
 
 class FeatureLoss(nn.Module):

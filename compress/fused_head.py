@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from edgestill.compress.divergence import DIVERGENCES, LOG_TINY
 from edgestill.compress.targets import Buckets, Dense, Target
-from torch import Tensor
 
 BUFFERS_PER_CHUNK = 7
 """[rows, V] float32 tensors alive at the peak of one chunk."""

@@ -23,9 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from edgestill.compress.divergence import LOG_TINY
 from edgestill.profiles.schema import FusionSpec
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from edgestill.compress.corpus import Corpus, Part
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from edgestill.compress.corpus import Part
 from edgestill.compress.distill_module import IGNORE
 from edgestill.compress.fused_head import DEFAULT_CHUNK_BYTES, chunks
 from edgestill.compress.fusion import WeightRule, entropy_of
@@ -21,8 +24,6 @@ from edgestill.compress.teachers import Teacher, hidden_states
 from edgestill.profiles.schema import ReferenceSpec
 from edgestill.runtime.progress import Task
 from edgestill.runtime.reference import FusedAnswers, Reference
-from torch import Tensor
-from transformers import PreTrainedModel
 
 
 def choose_windows(part: Part, tokens: int) -> npt.NDArray[np.int64]:
@@ -40,7 +41,8 @@ def choose_windows(part: Part, tokens: int) -> npt.NDArray[np.int64]:
 
 @torch.no_grad()
 def make_reference(
-    corpus: Corpus,
+    part: Part,
+    domains: Sequence[str],
     spec: ReferenceSpec,
     teachers: Sequence[Callable[[], Teacher]],
     calibrations: Sequence[float],
@@ -53,10 +55,11 @@ def make_reference(
     """The reference for `student` (float32, evaluation mode) and its fused teachers.
 
     Args:
+        part: the held-out windows; at most `spec.tokens` tokens of them are used.
+        domains: name of each index in `part.domain`.
         teachers: one function per teacher that loads it; none: the fused answers are absent.
         task: advanced by one per window and model.
     """
-    part = corpus.held_out
     windows = choose_windows(part, spec.tokens)
     token_ids = part.token_ids[windows].astype(np.int32)
     scored = np.ones((len(windows), token_ids.shape[1] - 1), np.uint8)
@@ -93,7 +96,7 @@ def make_reference(
         domain=part.domain[windows].astype(np.int16),
         block=part.block[windows].astype(np.int32),
         student_label_logp=arrays["student"],
-        domains=tuple(corpus.domains),
+        domains=tuple(domains),
         teacher_names=tuple(names),
         teacher_label_logp=arrays["teachers"] if theirs else np.zeros((0, 0), np.float32),
         fused=fused,

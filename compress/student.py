@@ -6,12 +6,13 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from edgestill.compress.layer_map import kept_layers
 from edgestill.compress.teachers import TeacherFacts, decoder_blocks
 from edgestill.profiles.schema import StudentSpec
 from edgestill.runtime.errors import BadInput
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
 """Names of the depth in Hugging Face configurations."""

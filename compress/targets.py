@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from edgestill.compress.divergence import LOG_TINY
 from edgestill.compress.fusion import FusionAccumulator, WeightRule, entropy_of
-from torch import Tensor
 
 
 @dataclass(frozen=True)

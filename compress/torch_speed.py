@@ -8,6 +8,7 @@ runs named and left out. This is the column the verdict table shows beside the a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def measure(model_path: Path, precision: str, *, prompt_tokens: int, new_tokens:
                 stamps.append(time.perf_counter())
             if run >= WARM_UP_RUNS:
                 first.append((stamps[0] - started) * 1e3)
-                between += [(b - a) * 1e3 for a, b in zip(stamps, stamps[1:], strict=False)]
+                between += [(b - a) * 1e3 for a, b in itertools.pairwise(stamps)]
     memory = psutil.Process().memory_info()
     peak = _peak_rss_bytes() or memory.rss
     inter = float(np.median(between))

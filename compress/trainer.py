@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
 from edgestill.compress.corpus import Part
 from edgestill.compress.distill_module import IGNORE, DistillModule
 from edgestill.compress.stages import explained_write_errors
 from edgestill.compress.teachers import native_bfloat16
 from edgestill.profiles.schema import TrainSpec
 from edgestill.runtime.progress import Task
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 LOG = "training.jsonl"
 MODULE = "module.safetensors"

@@ -14,15 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from edgestill.compress import distill
-from edgestill.compress.corpus import build_held_out
-from edgestill.compress.reference import make_reference
+from edgestill.compress.corpus import held_out_part
+from edgestill.compress.reference import choose_windows, make_reference
+from edgestill.compress.sources import source_hash
 from edgestill.compress.stages import Workspace
 from edgestill.export.model_facts import load_config, size_of_config
 from edgestill.export.plan import load_all, plan
 from edgestill.export.ship import Origin, ship
 from edgestill.profiles.arithmetic import refuse_engine, refuse_impossible
 from edgestill.profiles.load import load_limits, load_profile, load_recipe
-from edgestill.profiles.schema import ReferenceSpec
+from edgestill.profiles.schema import ReferenceSpec, SourceSpec
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import save_reference
@@ -112,15 +113,14 @@ def _float_answers(checkpoint: Path, weights: str, text: Path, space: Workspace,
 
     def answer(folder: Path) -> dict[str, Any]:
         longest = size_of_config(load_config(checkpoint)).max_tokens
-        corpus = build_held_out(text, checkpoint, min(256, longest), folder / "corpus", progress=progress)
+        part = held_out_part(text, checkpoint, min(256, longest), folder / "reading")
         student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        with progress.task("held-out answers", len(corpus.held_out.token_ids), "windows") as task:
-            made = make_reference(corpus, spec, [], [], None, student, batch_size=8, task=task)
+        with progress.task("held-out answers", len(choose_windows(part, spec.tokens)), "windows") as task:
+            made = make_reference(part, ["text"], spec, [], [], None, student, batch_size=8, task=task)
         save_reference(made, folder)
         return {"tokens": int(made.token_ids.size)}
 
-    with text.open("rb") as handle:
-        content = hashlib.file_digest(handle, "sha256").hexdigest()
+    content = source_hash(SourceSpec(path=str(text)), Path)
     inputs = {"weights": weights, "text": content, "reference": spec.model_dump(mode="json"), "code": 1}
     return space.stage("reference", "reference: the float checkpoint on held-out text", inputs, answer).folder
 

@@ -37,7 +37,7 @@ from edgestill.runtime.gate import Report, check_bundle
 from edgestill.runtime.manifest import Manifest, ModelFacts, Precision, canonical_json
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import load_reference, save_parity
-from edgestill.runtime.report import render_html
+from edgestill.runtime.report import page
 
 CODE = {"onnx": 1, "quantize": 1, "speed": 1, "bundle": 1}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
@@ -65,12 +65,16 @@ class Origin:
 def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Progress) -> str:
     """One bundle for one profile; returns its verdict."""
     onnx = _onnx_stage(origin, space, progress)
-    exported = ExportedGraph(onnx.folder / "model.onnx", describe_graph(onnx.folder / "model.onnx"), facts_of_checkpoint(origin.student))
-    failed = [row for row in onnx.info["parity"] if not row["passed"]]
+    exported = ExportedGraph(
+        onnx.folder / "model.onnx", describe_graph(onnx.folder / "model.onnx"), facts_of_checkpoint(origin.student)
+    )
     final = space.root / target.name
-    if failed:
+    if failed := [row for row in onnx.info["parity"] if not row["passed"]]:
         return _parity_failed(final, failed, progress)
     quantized = _quantize_stage(origin, target, onnx, exported, space)
+    if failed := [row for row in quantized.info["parity"] if not row["passed"]]:
+        return _parity_failed(final, failed, progress)
+    shutil.rmtree(_failure(final), ignore_errors=True)
     speeds = _speed_stage(origin, target, space, progress)
     key = hashlib.sha256(
         canonical_json(
@@ -111,16 +115,24 @@ def _onnx_stage(origin: Origin, space: Workspace, progress: Progress) -> Stage:
         exported = export_onnx(origin.student, folder)
         rows = check_parity(origin.student, exported, _windows(origin, exported.facts))
         for row in rows:
-            progress.say(f"parity, {row.path}: max |delta logit| {_delta(row)} (limit {row.limit:g})")
+            progress.say(_words(row))
         return {"parity": [dataclasses.asdict(row) for row in rows]}
 
     return space.stage(
-        "onnx", "onnx: export through Optimum, parity with torch", {"student": origin.student_key, "code": CODE["onnx"]}, run
+        "onnx",
+        "onnx: export through Optimum, parity with torch",
+        {"student": origin.student_key, "code": CODE["onnx"]},
+        run,
     )
 
 
-def _delta(row: ParityRow) -> str:
-    return "refused as it must" if row.max_abs_delta is None else f"{row.max_abs_delta:.2e}"
+def _words(row: ParityRow) -> str:
+    if row.unit == "tokens":
+        return f"parity, {row.path}: {'refused, as it must be' if row.passed else 'NOT refused'} ({row.limit:.0f} tokens)"
+    value = row.max_abs_delta if row.unit == "logit" else row.sqnr_db
+    measured = "no value" if value is None else f"{value:.3g}"
+    what = "max |delta logit|" if row.unit == "logit" else "SQNR in dB"
+    return f"parity, {row.path}: {what} {measured} (limit {row.limit:g}){'' if row.passed else ' FAILED'}"
 
 
 def _windows(origin: Origin, facts: ModelFacts) -> npt.NDArray[np.int64]:
@@ -135,27 +147,35 @@ def _windows(origin: Origin, facts: ModelFacts) -> npt.NDArray[np.int64]:
 
 def _parity_failed(final: Path, failed: list[dict[str, Any]], progress: Progress) -> str:
     """No bundle, only the report, beside where the bundle would be."""
-    checks = [
-        {
-            "name": f"parity/{row['path']}",
-            "value": row["max_abs_delta"],
-            "standard_error": None,
-            "n": row["positions"],
-            "bound": row["max_abs_delta"],
-            "limit": row["limit"],
-            "direction": "lower",
-            "unit": "",
-            "passed": False,
-            "reason": "the exported graph does not compute what torch computes",
-        }
-        for row in failed
-    ]
-    folder = final.with_name(f"{final.name}.failed")
+    checks = [_parity_check(row) for row in failed]
+    folder = _failure(final)
     folder.mkdir(exist_ok=True)
     report = {"verdict": "fail", "checks": checks, "environment": {}, "samples": {}}
     write_atomically(folder / "report.json", json.dumps(report, indent=1).encode())
     progress.say(f"parity with torch failed: no bundle; see {folder / 'report.json'}")
     return "fail"
+
+
+def _parity_check(row: dict[str, Any]) -> dict[str, Any]:
+    """A failed row as a row of the verdict table."""
+    value = row["sqnr_db"] if row["unit"] == "dB" else row["max_abs_delta"]
+    return {
+        "name": f"parity/{row['path']}",
+        "value": value,
+        "standard_error": None,
+        "n": row["positions"],
+        "bound": value,
+        "limit": row["limit"],
+        "direction": "higher" if row["unit"] == "dB" else "lower",
+        "unit": row["unit"],
+        "passed": False,
+        "reason": "the exported graph does not compute what torch computes",
+    }
+
+
+def _failure(final: Path) -> Path:
+    """Where the report goes when there may be no bundle."""
+    return final.with_name(f"{final.name}.failed")
 
 
 # 8 ------------------------------------------------------------------------------------------------------------------
@@ -180,6 +200,8 @@ def _quantize_stage(
             dequantize_graph(shipped, yardstick)
             windows = _windows(origin, exported.facts)
             rows = check_quantized_parity(shipped, yardstick, exported.facts, exported.graph, windows)
+            for row in rows:
+                space.progress.say(_words(row))
             info = {
                 "parity": [dataclasses.asdict(row) for row in rows],
                 "quantized": [dataclasses.asdict(node) for node in report.quantized],
@@ -276,7 +298,9 @@ def _manifest(
     )
 
 
-def _contents(origin: Origin, target: LoadedProfile, exported: ExportedGraph, quantized: Stage) -> dict[str, Path | bytes]:
+def _contents(
+    origin: Origin, target: LoadedProfile, exported: ExportedGraph, quantized: Stage
+) -> dict[str, Path | bytes]:
     contents: dict[str, Path | bytes] = {
         file.name: file for file in quantized.folder.glob("model.onnx*") if not file.is_dir()
     }
@@ -300,7 +324,7 @@ def _report_files(
     files: dict[str, bytes | Path] = {"report/report.json": (json.dumps(content, indent=1) + "\n").encode()}
     if origin.training_log:
         files["report/training.jsonl"] = "".join(json.dumps(row) + "\n" for row in origin.training_log).encode()
-    html = render_html(content, dataclasses.asdict(manifest), origin.training_log or None)
+    html = page(content, dataclasses.asdict(manifest), origin.training_log or None)
     files["report/report.html"] = html.encode()
     return files
 
@@ -320,5 +344,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-

@@ -17,7 +17,14 @@ from edgestill.runtime.child import MeasurementFailed
 from edgestill.runtime.device import ENGINE, architecture, conditions, environment
 from edgestill.runtime.errors import BadInput, BundleError, OutputRefused
 from edgestill.runtime.manifest import Manifest
-from edgestill.runtime.measure import RESOURCES, Measurement, bundle_mib, measure_bundle, measure_quality_apart, workload_of
+from edgestill.runtime.measure import (
+    RESOURCES,
+    Measurement,
+    bundle_mib,
+    measure_bundle,
+    measure_quality_apart,
+    workload_of,
+)
 from edgestill.runtime.metrics import METRICS, Direction, metric
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.statistics import Estimate

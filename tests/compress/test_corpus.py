@@ -87,6 +87,10 @@ def test_few_documents_are_cut_each_at_its_own_end_and_only_true_ends_end() -> N
     }
     for i, text in enumerate(texts):
         assert "".join(pieces[part][i].text for part in ("training", "validation", "held_out")) == text
+    assert cut_texts([Document("unbroken")], {"held_out": 0.25}) == {
+        "training": [Document("unbrok", complete=False)],
+        "held_out": [Document("en")],
+    }
 
 
 def test_many_documents_stay_whole(tmp_path: Path, build: Build) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import write_model, write_text
+
 from edgestill.compress import distill
 from edgestill.compress.stages import Workspace
 from edgestill.profiles.load import load_recipe
 from edgestill.runtime.progress import QuietProgress
 from edgestill.runtime.reference import load_reference
-from tiny import write_model, write_text
 
 RECIPE = """\
 format: 1
@@ -74,7 +75,12 @@ def test_story_makes_a_normal_checkpoint_and_a_reference(place: Path, tmp_path: 
 
     made = run(recipe(place), tmp_path / "b")
     student = AutoModelForCausalLM.from_pretrained(made.student)
-    assert AutoTokenizer.from_pretrained(made.student).decode(AutoTokenizer.from_pretrained(place / "verse").encode("in the")) == "in the"
+    assert (
+        AutoTokenizer.from_pretrained(made.student).decode(
+            AutoTokenizer.from_pretrained(place / "verse").encode("in the")
+        )
+        == "in the"
+    )
     assert student.config.vocab_size == 263
     assert not [name for name in student.state_dict() if "projection" in name or "balance" in name]
     reference = load_reference(made.reference)

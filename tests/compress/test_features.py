@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from edgestill.compress.features import Balance, FeatureLoss
 from edgestill.profiles.schema import FeatureLossSpec
 from edgestill.runtime.errors import BadInput
@@ -41,7 +42,9 @@ def test_only_the_weighted_teacher_pulls() -> None:
 def test_cosine_ignores_length() -> None:
     ours = states(3)
     weights = torch.full((2, 2), 0.5)
-    assert loss(loss="cosine")({1: ours}, [{1: 7 * ours}, {2: ours / 3}], weights, MASK).item() == pytest.approx(0, abs=1e-6)
+    assert loss(loss="cosine")({1: ours}, [{1: 7 * ours}, {2: ours / 3}], weights, MASK).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_masked_and_first_tokens_do_not_count() -> None:

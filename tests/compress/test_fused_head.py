@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from edgestill.compress.divergence import LOG_TINY
 from edgestill.compress.fused_head import OutputLoss, chunks, output_loss
 from edgestill.compress.fusion import WeightRule
@@ -46,7 +47,7 @@ def dense_reference(p: dict[str, torch.Tensor], spec: OutputLoss, floor: float, 
     for logits, calibration in zip(zs, (1.3, 0.8), strict=True):
         soft = (logits / calibration).softmax(-1)
         h = -(soft * soft.log()).sum(-1)
-        entropies.append(torch.stack([h[SEQUENCE == s].mean() for s in SEQUENCE]))
+        entropies.append(torch.stack([h[s == SEQUENCE].mean() for s in SEQUENCE]))
     w = (-torch.stack(entropies) / torch.log(torch.tensor(float(V))) / tau).softmax(0) * (1 - floor) + floor / 2
     t = spec.temperature
     target = sum(w[k].unsqueeze(1) * (zs[k] / t).softmax(-1) for k in range(2))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from edgestill.compress.fusion import FusionAccumulator, WeightRule, entropy_of, pool
 from edgestill.profiles.schema import FusionSpec
 
@@ -59,7 +60,9 @@ def test_accumulator_equals_the_formula(granularity: str, mix: str, floor: float
     p, log_p, weights = fuse(ours_rule, log_ps, SEQUENCE)
     entropies = torch.stack([-(lp.double().exp() * lp.double()).sum(-1) for lp in log_ps])
     if granularity == "sequence":
-        means = [entropies[:, SEQUENCE == s].mean(1, keepdim=True).expand(3, int((SEQUENCE == s).sum())) for s in (0, 1)]
+        means = [
+            entropies[:, s == SEQUENCE].mean(1, keepdim=True).expand(3, int((s == SEQUENCE).sum())) for s in (0, 1)
+        ]
         entropies = torch.cat(means, dim=1)
     theirs = (-entropies / math.log(50) / 0.2).softmax(0) * (1 - floor) + floor / 3
     torch.testing.assert_close(weights.double(), theirs, atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from edgestill.compress.layer_map import kept_layers, layer_pairs
 from edgestill.runtime.errors import BadInput
 

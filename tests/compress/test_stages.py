@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from edgestill.compress.stages import Workspace
 from edgestill.runtime.errors import OutputRefused
 from edgestill.runtime.progress import QuietProgress

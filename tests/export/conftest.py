@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from export_helpers import Export
 from tiny import write_model
 
 from edgestill.export.onnx_export import ExportedGraph, export_onnx
-
-Export = Callable[[str], tuple[Path, ExportedGraph]]
 
 
 @pytest.fixture(scope="session")

@@ -6,44 +6,12 @@ import subprocess
 import sys
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 import pytest
+from export_helpers import F32, rtn4, rtn8
 from onnx import TensorProto, helper, numpy_helper
 
 from edgestill.export.blockwise import BlockWeight, decibels, dequantize, quantize_int4, quantize_int8, sqnr_db
-
-F32 = npt.NDArray[np.float32]
-
-
-def rtn4(weight: F32, block: int, symmetric: bool) -> F32:
-    """Round to nearest in blocks of each column, one scalar at a time: float32 throughout, half away from zero."""
-    out = np.zeros_like(weight)
-    one = np.float32(1)
-    for n in range(weight.shape[1]):
-        for k in range(0, weight.shape[0], block):
-            values = weight[k : k + block, n]
-            if symmetric:
-                extreme = values[np.abs(values).argmax()]
-                scale, zero = extreme / np.float32(-8), 8
-            else:
-                low, high = min(values.min(), np.float32(0)), max(values.max(), np.float32(0))
-                scale = (high - low) / np.float32(15)
-                zero = int(np.floor(np.float64(-low / scale) + 0.5)) if scale else 8
-            inverse = one / scale if scale else np.float32(0)
-            codes = np.floor((values * inverse + np.float32(zero)).astype(np.float64) + 0.5).clip(0, 15)
-            out[k : k + block, n] = (codes.astype(np.float32) - np.float32(zero)) * scale
-    return out
-
-
-def rtn8(weight: F32) -> F32:
-    """One scale per column, max|w| / 127, half to even."""
-    out = np.zeros_like(weight)
-    for n in range(weight.shape[1]):
-        scale = np.abs(weight[:, n]).max() / np.float32(127)
-        if scale:
-            out[:, n] = np.round(weight[:, n] / scale) * scale
-    return out
 
 
 def _weight(inputs: int, outputs: int, seed: int = 0) -> F32:
@@ -142,7 +110,7 @@ def test_a_weight_on_the_grid_stays_as_it_is() -> None:
 def test_sqnr() -> None:
     signal = np.array([3.0, 4.0])
     assert sqnr_db(signal, signal) is None
-    assert sqnr_db(signal, signal + [0.3, 0.4]) == pytest.approx(20)
+    assert sqnr_db(signal, np.array([3.3, 4.4])) == pytest.approx(20)
     assert decibels(0.0, 1.0) == -np.inf
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Export
+from export_helpers import Export
 from onnx import TensorProto, helper
 
 from edgestill.export.graph_io import copy_graph, external_files, load_graph, save_graph, validate_graph
@@ -64,7 +64,9 @@ def test_a_plain_file_beside_the_graph_is_read(tmp_path: Path) -> None:
     assert np.array_equal(tensor.numpy(), WEIGHT)
 
 
-@pytest.mark.parametrize("location", ["../secret.bin", "sub/secret.bin", "..", "..\\secret.bin", "absent.bin", "link.bin", "sub"])
+@pytest.mark.parametrize(
+    "location", ["../secret.bin", "sub/secret.bin", "..", "..\\secret.bin", "absent.bin", "link.bin", "sub"]
+)
 def test_external_data_elsewhere_is_refused(location: str, tmp_path: Path) -> None:
     (tmp_path / "secret.bin").write_bytes(WEIGHT.tobytes())
     folder = tmp_path / "model"

@@ -19,10 +19,12 @@ W = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
 
 def _model(nodes: list[onnx.NodeProto], **constants: np.ndarray) -> onnx.ModelProto:  # type: ignore[type-arg]
     """A graph from x float [n, 64], t float [n, 32] and input_ids, position_ids int64 [n] to y."""
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name, width in (("x", 64), ("t", 32))]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name, width in (("x", 64), ("t", 32))
+    ]
     inputs += [helper.make_tensor_value_info(name, TensorProto.INT64, ["n"]) for name in ("input_ids", "position_ids")]
     tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b"])
     graph = helper.make_graph(nodes, "g", inputs, [output], tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
@@ -57,7 +59,10 @@ def test_gemm(transB: int, transposed: bool) -> None:
 
 
 def test_embedding_behind_a_reshape_of_the_ids() -> None:
-    nodes = [helper.make_node("Reshape", ["input_ids", "shape"], ["ids"]), helper.make_node("Gather", ["w", "ids"], ["y"])]
+    nodes = [
+        helper.make_node("Reshape", ["input_ids", "shape"], ["ids"]),
+        helper.make_node("Gather", ["w", "ids"], ["y"]),
+    ]
     assert isinstance(_find(nodes, w=W, shape=np.array([-1])), Table)
 
 

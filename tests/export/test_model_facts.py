@@ -41,7 +41,10 @@ def test_mask_buffers_in_old_checkpoints_are_no_parameters(tmp_path: Path) -> No
     checkpoint = write_model(tmp_path, "gpt2")
     before = facts_of_checkpoint(checkpoint).parameters
     tensors = load_file(checkpoint / "model.safetensors")
-    save_file({**tensors, "transformer.h.0.attn.bias": np.ones((1, 1, 128, 128), np.float32)}, checkpoint / "model.safetensors")
+    save_file(
+        {**tensors, "transformer.h.0.attn.bias": np.ones((1, 1, 128, 128), np.float32)},
+        checkpoint / "model.safetensors",
+    )
     assert facts_of_checkpoint(checkpoint).parameters == before
 
 

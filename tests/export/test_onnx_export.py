@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Export
+from export_helpers import Export
 from tiny import SIZES, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +29,10 @@ def test_graph_takes_tokens_and_a_growing_cache(family: str, exported: Export) -
         "input_ids": TensorSpec("input_ids", "int64", ("batch_size", new)),
         "attention_mask": TensorSpec("attention_mask", "int64", ("batch_size", f"{past} + {new}")),
         "position_ids": TensorSpec("position_ids", "int64", ("batch_size", new)),
-    } | {f"past_key_values.{s}": TensorSpec(f"past_key_values.{s}", "float32", ("batch_size", heads, past, 16)) for s in sides}
+    } | {
+        f"past_key_values.{s}": TensorSpec(f"past_key_values.{s}", "float32", ("batch_size", heads, past, 16))
+        for s in sides
+    }
     present = f"{past} + {new}"
     assert outputs == {"logits": TensorSpec("logits", "float32", ("batch_size", new, 320))} | {
         f"present.{s}": TensorSpec(f"present.{s}", "float32", ("batch_size", heads, present, 16)) for s in sides

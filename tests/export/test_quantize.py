@@ -9,9 +9,8 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
-from conftest import Export
+from export_helpers import F32, Export, rtn4, rtn8
 from onnx import numpy_helper
-from test_blockwise import rtn4, rtn8
 from tiny import SIZES, write_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -22,7 +21,6 @@ from edgestill.export.quantize import QuantizationReport, dequantize_graph, grap
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
 
-F32 = npt.NDArray[np.float32]
 SPECS = {
     "int4": PrecisionSpec(weights="int4"),
     "int4 asymmetric": PrecisionSpec(weights="int4", symmetric=False, accuracy_level=0),
@@ -95,13 +93,17 @@ def test_no_float_matrix_is_left_but_the_position_table(
         if array.dtype == np.float32 and array.ndim > 1 and min(array.shape) > 1 and "scales" not in name
     ]
     assert floats == (["transformer.wpe.weight"] if family == "gpt2" else [])
-    assert [(node.operator, node.shape) for node in report.left_float] == ([("Gather", (128, 64))] if family == "gpt2" else [])
+    assert [(node.operator, node.shape) for node in report.left_float] == (
+        [("Gather", (128, 64))] if family == "gpt2" else []
+    )
     assert all("table of positions" in node.reason for node in report.left_float)
 
 
 @pytest.mark.parametrize("precision", SPECS)
-def test_the_embedding_is_looked_up_in_the_matrix_of_the_tied_head(precision: str, exported: Export, tmp_path: Path) -> None:
-    checkpoint, export = exported("llama")
+def test_the_embedding_is_looked_up_in_the_matrix_of_the_tied_head(
+    precision: str, exported: Export, tmp_path: Path
+) -> None:
+    checkpoint, _ = exported("llama")
     path, report = _quantize(exported, "llama", precision, tmp_path)
     graph = onnx.load(path).graph
     (lookup,) = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]

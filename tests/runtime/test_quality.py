@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from edgestill.runtime.errors import BundleError
 from edgestill.runtime.quality import (
     bucket_kl,

@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from edgestill.runtime.statistics import (
     Estimate,
     binomial_cdf,
@@ -18,8 +21,6 @@ from edgestill.runtime.statistics import (
     quantile_ranks,
     student_t95,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SIMULATIONS = 1500
 MARGIN = 4 * math.sqrt(0.95 * 0.05 / SIMULATIONS)

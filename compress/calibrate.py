@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from edgestill.compress.corpus import Part
@@ -33,11 +34,17 @@ class Calibration:
     tokens: int
 
 
+def calibration_windows(validation: Part) -> npt.NDArray[np.int64]:
+    """At most `MAX_WINDOWS` validation windows, spread evenly."""
+    total = validation.n_windows
+    return np.unique(np.linspace(0, total - 1, min(MAX_WINDOWS, total)).round().astype(np.int64))
+
+
 @torch.no_grad()
-def calibrate(teacher: Teacher, validation: Part, *, batch_size: int, task: Task) -> Calibration:
-    """Fit one temperature on at most `MAX_WINDOWS` validation windows, spread evenly."""
-    total = validation.token_ids.shape[0]
-    windows = np.unique(np.linspace(0, total - 1, min(MAX_WINDOWS, total)).round().astype(np.int64))
+def calibrate(
+    teacher: Teacher, validation: Part, windows: npt.NDArray[np.int64], *, batch_size: int, task: Task
+) -> Calibration:
+    """Fit one temperature on these windows (int64 [w]); `task` is advanced by one per window."""
     grid = torch.tensor(GRID, device=teacher.head_weight.device)
     sums, count = torch.zeros(len(GRID) + 1, dtype=torch.float64), 0
     step = max(1, DEFAULT_CHUNK_BYTES // (8 * teacher.head_weight.shape[0]))
@@ -46,7 +53,8 @@ def calibrate(teacher: Teacher, validation: Part, *, batch_size: int, task: Task
         ids = ids.to(teacher.head_weight.device)
         hidden = teacher.hidden(ids)[0][:, :-1].flatten(0, 1)
         labels = ids[:, 1:].flatten()
-        for rows in torch.arange(labels.numel(), device=labels.device).split(step):
+        for first in range(0, labels.numel(), step):
+            rows = slice(first, first + step)
             logits = torch.nn.functional.linear(hidden[rows], teacher.head_weight, teacher.head_bias).float()
             picked = logits.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
             for i, t in enumerate([*grid, torch.ones((), device=grid.device)]):

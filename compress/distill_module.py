@@ -30,7 +30,7 @@ class Lesson:
     """What the teachers say of one batch: the target of the valid rows, and their features per teacher and layer."""
 
     target: Target
-    features: list[Mapping[int, Tensor]]
+    features: Sequence[Mapping[int, Tensor]]
 
 
 class TeacherSource(Protocol):

@@ -81,7 +81,7 @@ class FeatureLoss(nn.Module):
         share = keep.float() / keep.sum(1, keepdim=True).clamp_min(1)  # [B, T], sums to 1 per sequence
         total = weights.new_zeros(())
         for k, (pairs, maps) in enumerate(zip(self.pairs, self.projections, strict=True)):
-            for (s, t), projection in zip(pairs, maps, strict=True):  # type: ignore[arg-type]  # ModuleList of ModuleLists
+            for (s, t), projection in zip(pairs, maps.children(), strict=True):
                 ours, theirs = projection(student[s]).float(), teachers[k][t].float()
                 per_sequence = (self._distance(ours, theirs) * share).sum(1)
                 total = total + (weights[k] * per_sequence).mean() / len(pairs)

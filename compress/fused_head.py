@@ -89,7 +89,9 @@ def output_loss(
     Returns:
         The loss (scalar, differentiable in hidden, head and bias) and the sums for the log.
     """
-    loss, divergence, cross_entropy = _FusedHead.apply(hidden, head, bias, labels, lengths, target, normaliser, spec)
+    loss, divergence, cross_entropy = _FusedHead.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+        hidden, head, bias, labels, lengths, target, normaliser, spec
+    )
     return loss, OutputSums(divergence, cross_entropy)
 
 

@@ -33,13 +33,14 @@ def layer_pairs(
         count = min(MAX_PAIRS, student_layers)
         students = sorted({round((i + 1) * student_layers / count) - 1 for i in range(count)})
         return [(s, max(0, round((s + 1) * teacher_layers / student_layers) - 1)) for s in students]
-    for student, teacher in spec:
-        if not (0 <= int(student) < student_layers and 0 <= int(teacher) < teacher_layers):
+    pairs = [(int(student), int(teacher)) for student, teacher in spec]  # type: ignore[str-unpack]  # no name is left
+    for student, teacher in pairs:
+        if not (0 <= student < student_layers and 0 <= teacher < teacher_layers):
             raise BadInput(
                 f"losses.features.layers: pair [{student}, {teacher}] does not exist; the student has layers 0 to "
                 f"{student_layers - 1}, the teacher 0 to {teacher_layers - 1}"
             )
-    return sorted((int(s), int(t)) for s, t in spec)
+    return sorted(pairs)
 
 
 def kept_layers(layers: int, keep: int) -> list[int]:

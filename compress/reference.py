@@ -76,14 +76,7 @@ def make_reference(
         teacher = load()
         names.append(teacher.facts.name)
         theirs.append(
-            _remember(
-                lambda ids, teacher=teacher: teacher.hidden(ids)[0],
-                teacher.head_weight,
-                teacher.head_bias,
-                calibration,
-                batches,
-                task,
-            )
+            _remember(_hidden_of(teacher), teacher.head_weight, teacher.head_bias, calibration, batches, task)
         )
     arrays = _answers(torch.from_numpy(token_ids.astype(np.int64)).to(device), ours, theirs, rule, spec.top_k)
     fused = None
@@ -101,6 +94,10 @@ def make_reference(
         teacher_label_logp=arrays["teachers"] if theirs else np.zeros((0, 0), np.float32),
         fused=fused,
     )
+
+
+def _hidden_of(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    return lambda ids: teacher.hidden(ids)[0]
 
 
 def _batches(token_ids: npt.NDArray[np.int32], size: int) -> list[npt.NDArray[np.int32]]:

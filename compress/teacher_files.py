@@ -90,7 +90,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        try:
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            files = sorted({folder / shard for shard in shards})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"teacher {name!r}: {index} is no index of safetensors files; fetch it again") from error
     else:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
@@ -114,17 +118,25 @@ def hash_weights(folder: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def count_parameters(files: list[Path], name: str) -> int:
-    """Stored parameters (tied ones are stored once), from the headers alone."""
+def count_parameters(files: list[Path]) -> int:
+    """Stored parameters (tied ones are stored once), from the headers alone.
+
+    Raises:
+        BadInput: a file that is not safetensors, or whose length is not the one its header declares (cut short).
+    """
     total = 0
     for file in files:
         with file.open("rb") as handle:
             try:
-                header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-                tensors = {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
-            except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-                raise BadInput(f"teacher {name!r}: {file} is no safetensors file; fetch it again") from error
-        total += sum(torch.Size(shape).numel() for shape in tensors.values())
+                length = int.from_bytes(handle.read(8), "little")
+                header = json.loads(handle.read(length))
+                tensors = [entry for key, entry in header.items() if key != "__metadata__"]
+                declared = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+                total += sum(torch.Size(entry["shape"]).numel() for entry in tensors)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError) as error:
+                raise BadInput(f"{file}: is no safetensors file; fetch it again") from error
+        if (size := file.stat().st_size) != declared:
+            raise BadInput(f"{file}: has {size} bytes where its header declares {declared}; fetch it again")
     return total
 
 

@@ -75,7 +75,7 @@ def _facts(spec: TeacherSpec, resolve: Callable[[str], Path], device: torch.devi
     config = teacher_files.read_config(folder, spec.name, trust_remote_code=spec.trust_remote_code)
     text = config.get_text_config()
     precision = ("bfloat16" if native else "float32") if spec.precision == "auto" else spec.precision
-    parameters = teacher_files.count_parameters(files, spec.name)
+    parameters = teacher_files.count_parameters(files)
     memory = teacher_files.resident_bytes(
         config, parameters, precision, spec, on_cpu=device.type == "cpu", native=native
     )

@@ -1,18 +1,22 @@
-"""How fast and how large a torch checkpoint is on this machine, measured in a process of its own.
+"""How fast and how large torch checkpoints are on this machine, each measured in a process of its own.
 
-`python -m edgestill.compress.torch_speed --model DIR --precision float32 --prompt-tokens 128 --new-tokens 32 --threads 2` prints
-one JSON object. The same workload as the artifact's (runtime/measure.py): greedy, batch 1, prompts that never repeat, warm-up
-runs named and left out. This is the column the verdict table shows beside the artifact.
+`python -m edgestill.compress.torch_speed` reads {"models": [[path, precision], ...], "prompt_tokens", "new_tokens", "threads"}
+from stdin and prints a JSON list. The same workload as the artifact's (runtime/measure.py): greedy, batch 1, prompts that never
+repeat, warm-up runs named and left out. This is the column the verdict table shows beside the artifact.
+
+The libraries are imported once and every model is measured in a fork of that process: a fork starts with its own peak memory
+(the kernel sets the high-water mark of a copy to its present size), so peaks do not mix and the import is paid once.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,19 +43,26 @@ class TorchSpeed:
     device: str
 
 
-def measure_in_child(model: Path, precision: str, *, prompt_tokens: int, new_tokens: int, threads: int) -> TorchSpeed:
-    """Start a fresh process and return what it measured.
+def measure_apart(
+    models: Sequence[tuple[Path, str]], *, prompt_tokens: int, new_tokens: int, threads: int
+) -> list[TorchSpeed]:
+    """Measure (checkpoint, precision) pairs, each in a fresh process.
 
     Raises:
-        BadInput: the process failed; its last line of output is in the message.
+        BadInput: a process failed; its last line of output is in the message.
     """
-    command = [sys.executable, "-m", "edgestill.compress.torch_speed", "--model", str(model), "--precision", precision]
-    command += ["--prompt-tokens", str(prompt_tokens), "--new-tokens", str(new_tokens), "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    request = {
+        "models": [[str(path), precision] for path, precision in models],
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "threads": threads,
+    }
+    command = [sys.executable, "-m", "edgestill.compress.torch_speed"]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BadInput(f"{model}: could not be measured with torch (exit {done.returncode}): {last}")
-    return TorchSpeed(**json.loads(done.stdout.splitlines()[-1]))
+        raise BadInput(f"the checkpoints could not be measured with torch (exit {done.returncode}): {last}")
+    return [TorchSpeed(**found) for found in json.loads(done.stdout.splitlines()[-1])]
 
 
 def measure(model_path: Path, precision: str, *, prompt_tokens: int, new_tokens: int, threads: int) -> TorchSpeed:
@@ -113,16 +124,42 @@ def _peak_rss_bytes() -> int | None:
     return None
 
 
+def _in_a_fork(path: str, precision: str, request: dict[str, int]) -> TorchSpeed:
+    """`measure` in a copy of this process, which ends with it.
+
+    Raises:
+        ChildProcessError: the copy died; what it said is on stderr.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            found = measure(Path(path), precision, **request)
+            with os.fdopen(write, "w") as out:
+                json.dump(asdict(found), out)
+            status = 0
+        finally:
+            os._exit(status)  # nothing of the parent's clean-up may run twice
+    os.close(write)
+    with os.fdopen(read) as answer:
+        text = answer.read()
+    _, status = os.waitpid(child, 0)
+    if status != 0:
+        raise ChildProcessError(f"measuring {path} ended with status {os.waitstatus_to_exitcode(status)}")
+    return TorchSpeed(**json.loads(text))
+
+
 def main() -> None:
     """The child's entry."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--precision", required=True)
-    for name in ("--prompt-tokens", "--new-tokens", "--threads"):
-        parser.add_argument(name, type=int, required=True)
-    a = parser.parse_args()
-    speed = measure(a.model, a.precision, prompt_tokens=a.prompt_tokens, new_tokens=a.new_tokens, threads=a.threads)
-    sys.stdout.write(json.dumps(asdict(speed)) + "\n")
+    import psutil  # noqa: F401  (imported here so that every fork has it)
+    import torch  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    request = json.load(sys.stdin)
+    models = request.pop("models")
+    found = [asdict(_in_a_fork(path, precision, request)) for path, precision in models]
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def build(recipe: str, profiles: list[str], out: Path | None, force: bool, progr
     loaded, targets, teachers, _ = load_all(recipe, profiles)
     root = out or default_folder(recipe)
     with Workspace(root, progress, force=force).locked() as space:
-        made = distill.run(loaded, space, progress)
+        made = distill.run(loaded, space)
         origin = Origin(
             name=loaded.name,
             student=made.student,

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgestill.compress.stages import Stage, Workspace, write_atomically
-from edgestill.compress.torch_speed import measure_in_child
+from edgestill.compress.torch_speed import measure_apart
 from edgestill.export.bundle_writer import finish_bundle, stage_bundle, tokenizer_files
 from edgestill.export.genai_config import genai_config
 from edgestill.export.model_facts import facts_of_checkpoint
@@ -75,7 +75,7 @@ def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Prog
     if failed := [row for row in quantized.info["parity"] if not row["passed"]]:
         return _parity_failed(final, failed, progress)
     shutil.rmtree(_failure(final), ignore_errors=True)
-    speeds = _speed_stage(origin, target, space, progress)
+    speeds = _speed_stage(origin, target, space)
     key = hashlib.sha256(
         canonical_json(
             {
@@ -128,7 +128,9 @@ def _onnx_stage(origin: Origin, space: Workspace, progress: Progress) -> Stage:
 
 def _words(row: ParityRow) -> str:
     if row.unit == "tokens":
-        return f"parity, {row.path}: {'refused, as it must be' if row.passed else 'NOT refused'} ({row.limit:.0f} tokens)"
+        return (
+            f"parity, {row.path}: {'refused, as it must be' if row.passed else 'NOT refused'} ({row.limit:.0f} tokens)"
+        )
     value = row.max_abs_delta if row.unit == "logit" else row.sqnr_db
     measured = "no value" if value is None else f"{value:.3g}"
     what = "max |delta logit|" if row.unit == "logit" else "SQNR in dB"
@@ -142,7 +144,7 @@ def _windows(origin: Origin, facts: ModelFacts) -> npt.NDArray[np.int64]:
         return np.random.default_rng(0).integers(0, facts.vocab_size, (PARITY_WINDOWS, length))
     ids = load_reference(origin.reference).token_ids
     picks = np.linspace(0, len(ids) - 1, min(PARITY_WINDOWS, len(ids))).round().astype(int)
-    return ids[picks].astype(np.int64)
+    return np.asarray(ids[picks], np.int64)
 
 
 def _parity_failed(final: Path, failed: list[dict[str, Any]], progress: Progress) -> str:
@@ -237,22 +239,17 @@ def _held_out_index(reference: Path, picked: npt.NDArray[np.int32]) -> npt.NDArr
 # 9 ------------------------------------------------------------------------------------------------------------------
 
 
-def _speed_stage(origin: Origin, target: LoadedProfile, space: Workspace, progress: Progress) -> dict[str, Any]:
+def _speed_stage(origin: Origin, target: LoadedProfile, space: Workspace) -> dict[str, Any]:
     """{name: measurement} of each teacher and of the float student ("student (torch)")."""
     work, threads = target.profile.workload, target.profile.device.threads
     new_tokens = min(work.new_tokens, 32)
     models = {**origin.teacher_paths, "student (torch)": (origin.student, "float32")}
 
     def run(folder: Path) -> dict[str, Any]:
-        found = {}
-        with progress.task("measuring in torch", len(models), "models") as task:
-            for name, (path, precision) in models.items():
-                speed = measure_in_child(
-                    path, precision, prompt_tokens=work.prompt_tokens, new_tokens=new_tokens, threads=threads
-                )
-                found[name] = dataclasses.asdict(speed)
-                task.advance(1, name)
-        return found
+        found = measure_apart(
+            list(models.values()), prompt_tokens=work.prompt_tokens, new_tokens=new_tokens, threads=threads
+        )
+        return {name: dataclasses.asdict(speed) for name, speed in zip(models, found, strict=True)}
 
     inputs = {
         "student": origin.student_key,

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +33,7 @@ data:
   validation: {fraction: 0.1}
   held_out: {fraction: 0.1}
   sequence_length: 32
-train: {tokens: TOKENS, batch_size: 4, checkpoint_every_steps: 4, precision: float32, teacher_cache: CACHE, cache_top_k: 16}
+train: {tokens: TOKENS, batch_size: 4, checkpoint_every_steps: 4, precision: float32, teacher_cache: CACHE, cache_top_k: TOP_K}
 reference: {tokens: 512, top_k: 8}
 """
 
@@ -54,8 +48,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(place: Path, *, cache: str = "never", tokens: int = 3000, features: str = "") -> Path:
+def recipe(place: Path, *, cache: str = "never", tokens: int = 3000, features: str = "", top_k: int = 16) -> Path:
     text = RECIPE.replace("CACHE", cache).replace("TOKENS", str(tokens)).replace("FEATURES", features)
+    text = text.replace("TOP_K", str(top_k))
     path = place / f"r-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
     path.write_text(text)
     return path
@@ -67,7 +62,7 @@ def weights(folder: Path) -> str:
 
 def run(path: Path, out: Path) -> distill.Distilled:
     with Workspace(out, QuietProgress()).locked() as space:
-        return distill.run(load_recipe(str(path)), space, QuietProgress())
+        return distill.run(load_recipe(str(path)), space)
 
 
 def test_story_makes_a_normal_checkpoint_and_a_reference(place: Path, tmp_path: Path) -> None:
@@ -112,59 +107,12 @@ def test_other_losses_train_another_student_on_the_same_corpus(place: Path, tmp_
     assert all(row["features"] > 0 for row in other.training_log)
 
 
-def test_training_from_the_cache_follows_training_with_teachers(place: Path, tmp_path: Path) -> None:
-    """With 16 of 263 buckets the loss is a lower bound of the dense one, and the student learns nearly as much."""
-    online = run(recipe(place, tokens=6000), tmp_path / "a")
-    cached = run(recipe(place, tokens=6000, cache="always"), tmp_path / "b")
+def test_a_cache_of_the_whole_vocabulary_trains_as_the_teachers_do(place: Path, tmp_path: Path) -> None:
+    """Stored in float16, so the two runs drift apart by rounding only."""
+    online = run(recipe(place), tmp_path / "a")
+    cached = run(recipe(place, cache="always", top_k=1024), tmp_path / "b")
     assert {stage.name for stage in cached.stages} >= {"cache-verse", "cache-prose"}
-    ours, theirs = cached.training_log[-1], online.training_log[-1]
-    assert ours["output"] <= theirs["output"] + 0.02
-    assert abs(ours["cross_entropy"] - theirs["cross_entropy"]) < 0.1
+    for ours, theirs in zip(cached.training_log, online.training_log, strict=True):
+        assert ours["output"] == pytest.approx(theirs["output"], abs=2e-3)
+        assert ours["cross_entropy"] == pytest.approx(theirs["cross_entropy"], abs=5e-3)
     assert cached.facts["training"]["teachers_from"] == "cache"
-
-
-COMMAND = (
-    "import sys; from pathlib import Path\n"
-    "from edgestill.compress.distill import distill\n"
-    "from edgestill.runtime.progress import QuietProgress\n"
-    "import torch; torch.set_num_threads(1)\n"
-    "distill(sys.argv[1], Path(sys.argv[2]), QuietProgress())\n"
-)
-
-
-def start(path: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", COMMAND, str(path), str(out)], stderr=subprocess.PIPE)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("cache", ["never", "always"])
-def test_killed_at_random_moments_it_ends_with_the_same_weights(place: Path, tmp_path: Path, cache: str) -> None:
-    """kill -9 once some work is under way, five times per kind of run, then let it finish."""
-    features = ", features: {ratio: 0.3}" if cache == "never" else ""
-    path = recipe(place, cache=cache, tokens=8000, features=features)
-    whole = start(path, tmp_path / "whole")
-    assert whole.wait() == 0, whole.communicate()[1].decode()
-    rng, kills, resumed = random.Random(7), 0, 0
-    for _ in range(40):
-        process = start(path, tmp_path / "killed")
-        before = set((tmp_path / "killed").rglob("*"))
-        deadline = time.monotonic() + 120
-        # wait for something new on disk, then a random moment: the kill lands in corpus, cache, training or saving
-        while process.poll() is None and time.monotonic() < deadline:
-            if set((tmp_path / "killed").rglob("*")) - before:
-                break
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 1.5))
-        if process.poll() is not None:
-            break
-        resumed += bool(list((tmp_path / "killed").glob("work/train-*.partial/run/checkpoint-*")))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        if kills == 5:
-            break
-    last = start(path, tmp_path / "killed")
-    assert last.wait() == 0, last.communicate()[1].decode()
-    assert kills == 5
-    assert weights(tmp_path / "killed" / "student") == weights(tmp_path / "whole" / "student")
-    assert not list((tmp_path / "killed" / "work").glob("*.partial"))

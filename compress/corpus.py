@@ -24,7 +24,7 @@ import numpy.typing as npt
 from edgestill.compress.encoding import WHOLE_DOCUMENTS, EncodedSource, encode_source
 from edgestill.compress.overlap import Overlap, check_disjoint
 from edgestill.compress.packing import Part, Stream, pack
-from edgestill.compress.sources import read_source, source_hash, source_name
+from edgestill.compress.sources import read_source, source_files, source_hash, source_name
 from edgestill.compress.tokenizer_check import load_tokenizer, real_vocabulary
 from edgestill.profiles.schema import DataSpec, SourceSpec, SplitSpec
 from edgestill.runtime.errors import BadInput
@@ -38,6 +38,7 @@ __all__ = [
     "build_corpus",
     "held_out_part",
     "open_corpus",
+    "require_sources",
     "source_hashes",
     "training_order",
 ]
@@ -193,14 +194,34 @@ def open_corpus(folder: Path) -> Corpus:
     )
 
 
+def require_sources(data: DataSpec, resolve: Callable[[str], Path]) -> None:
+    """Refuse a local source that is not there, without reading any.
+
+    Raises:
+        BadInput: one line per missing file or folder.
+    """
+    missing = []
+    for source in _all_sources(data):
+        try:
+            source_files(source, resolve)
+        except BadInput as error:
+            missing.append(str(error))
+    if missing:
+        raise BadInput("\n".join(missing))
+
+
 def source_hashes(data: DataSpec, resolve: Callable[[str], Path]) -> dict[str, str]:
     """What a corpus depends on, without reading it as text: sha256 of every local source, the revision of every other.
 
     Raises:
         BadInput: a missing file or folder.
     """
+    return {source_name(source): source_hash(source, resolve) for source in _all_sources(data)}
+
+
+def _all_sources(data: DataSpec) -> list[SourceSpec]:
     own = [source for spec in (data.validation, data.held_out) if isinstance(spec, list) for source in spec]
-    return {source_name(source): source_hash(source, resolve) for source in [*data.sources, *own]}
+    return [*data.sources, *own]
 
 
 def training_order(corpus: Corpus, tokens: int, seed: int) -> npt.NDArray[np.int64]:

@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM
 from edgestill.compress.corpus import Corpus, build_corpus, open_corpus, source_hashes
 from edgestill.compress.distill_student import student_of
 from edgestill.compress.distill_teachers import caches_of, calibrations_of
+from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.reference import choose_windows, make_reference
 from edgestill.compress.setting import Setting
-from edgestill.compress.stages import Stage, Workspace
-from edgestill.compress.teachers import TeacherFacts, best_device, check_same_tokenizer, load_teacher, resolve_teachers
+from edgestill.compress.stages import Stage, Workspace, explained_write_errors
+from edgestill.compress.teachers import TeacherFacts, best_device, load_teacher
 from edgestill.compress.trainer import LOG, read_log
 from edgestill.profiles.load import LoadedRecipe, load_recipe
 from edgestill.runtime.progress import Progress
@@ -55,23 +56,24 @@ class Distilled:
 
 def distill(recipe: str, out: Path, progress: Progress) -> None:
     """`edgestill distill`: run the story and place the student checkpoint in `out/student`."""
+    loaded = load_recipe(recipe)
+    given = check_inputs(loaded)
     with Workspace(out, progress).locked() as space:
-        made = run(load_recipe(recipe), space)
+        made = run(loaded, given, space)
         beside = out / "student.tmp"
         shutil.rmtree(beside, ignore_errors=True)
-        shutil.copytree(made.student, beside)
+        with explained_write_errors(out):
+            shutil.copytree(made.student, beside)
         shutil.rmtree(out / "student", ignore_errors=True)
         beside.rename(out / "student")
     progress.say(f"student: {out / 'student'}")
 
 
-def run(loaded: LoadedRecipe, space: Workspace) -> Distilled:
-    """All six stages, in a folder that this process holds."""
-    recipe = loaded.recipe
-    teachers = resolve_teachers(recipe.teachers, loaded.resolve)
-    vocabulary = check_same_tokenizer(teachers)
+def run(loaded: LoadedRecipe, given: Inputs, space: Workspace) -> Distilled:
+    """All stages after the first, in a folder that this process holds."""
+    recipe, teachers = loaded.recipe, given.teachers
     stage, corpus = _corpus(loaded, space, teachers[0])
-    at = Setting(loaded, space, teachers, vocabulary, corpus, stage.key, best_device())
+    at = Setting(loaded, space, teachers, given.vocabulary, corpus, stage.key, best_device())
     calibrations = calibrations_of(at)
     caches = caches_of(at, calibrations)
     trained = student_of(at, calibrations, caches)

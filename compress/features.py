@@ -24,31 +24,40 @@ from edgestill.profiles.schema import FeatureLossSpec
 from edgestill.runtime.errors import BadInput
 
 
+def mapped_layers(
+    spec: FeatureLossSpec, student: tuple[int, int], teachers: Sequence[tuple[str, int, int]]
+) -> list[list[tuple[int, int]]]:
+    """Per teacher, the (student layer, teacher layer) pairs to align.
+
+    Args:
+        student: (width, layers).
+        teachers: (name, width, layers) of each.
+
+    Raises:
+        BadInput: `projection: none` with different widths, or an explicit layer that is not there.
+    """
+    for name, width, _ in teachers:
+        if spec.projection == "none" and width != student[0]:
+            raise BadInput(
+                f"losses.features.projection: none, but the student is {student[0]} wide and teacher {name!r} {width}; "
+                "use projection: linear"
+            )
+    return [layer_pairs(spec.layers, student[1], layers) for _, _, layers in teachers]
+
+
 class FeatureLoss(nn.Module):
     """Projections and loss for all teachers. Call: hidden states of the mapped layers in, one scalar out."""
 
     def __init__(
         self, spec: FeatureLossSpec, student: tuple[int, int], teachers: Sequence[tuple[str, int, int]], seed: int
     ) -> None:
-        """
-        Args:
-            student: (width, layers).
-            teachers: (name, width, layers) of each.
-
-        Raises:
-            BadInput: `projection: none` with different widths, or an explicit layer that is not there.
-        """
+        """Arguments and errors: as `mapped_layers`; seed: of the projections."""
         super().__init__()
         self.spec = spec
-        self.pairs = [layer_pairs(spec.layers, student[1], layers) for _, _, layers in teachers]
+        self.pairs = mapped_layers(spec, student, teachers)
         self.projections = nn.ModuleList()
         generator = torch.Generator().manual_seed(seed)
-        for (name, width, _), pairs in zip(teachers, self.pairs, strict=True):
-            if spec.projection == "none" and width != student[0]:
-                raise BadInput(
-                    f"losses.features.projection: none, but the student is {student[0]} wide and teacher {name!r} {width}; "
-                    "use projection: linear"
-                )
+        for (_, width, _), pairs in zip(teachers, self.pairs, strict=True):
             maps = nn.ModuleList()
             for _ in pairs:
                 linear = nn.Linear(student[0], width, bias=False)

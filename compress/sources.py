@@ -47,6 +47,15 @@ def source_name(source: SourceSpec) -> str:
     return f"{source.hub}{subset}:{source.split}@{source.revision}"
 
 
+def source_files(source: SourceSpec, resolve: Callable[[str], Path]) -> list[Path]:
+    """The files of a local source, sorted; none for a Hub data set.
+
+    Raises:
+        BadInput: a missing file or folder, or a folder without text.
+    """
+    return [] if source.path is None else _files(resolve(source.path), source.path)
+
+
 def source_hash(source: SourceSpec, resolve: Callable[[str], Path]) -> str:
     """sha256 over the names and bytes of a local source's files; of a Hub data set its full name with the revision.
 

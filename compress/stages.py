@@ -13,6 +13,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,10 @@ LOCK = ".lock"
 STAGE = "stage.json"
 NO_SPACE_LEFT = 4 << 20
 """Less free space than this (bytes) explains a failed write of a library that hides the error number."""
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+STATED_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+WRITE_FAILED = ("file write failed", "unexpected pos", "requested and")
+"""Words of torch.save (the first two) and of numpy's save when the system took fewer bytes than it was given."""
 
 
 @dataclass(frozen=True)
@@ -168,16 +174,30 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def explained_write_errors(root: Path) -> Iterator[None]:
-    """Give a write that failed on a full disk its error number back.
+    """Give a write that failed below `root` its error number back, where a library has hidden it.
 
-    torch.save and safetensors report a full disk as RuntimeError and SafetensorError.
+    numpy reports a full disk as an OSError without a number, shutil as a list, torch.save and safetensors as errors of their
+    own.
     """
     try:
         yield
-    except (EdgestillError, OSError):
-        raise
     except Exception as error:
-        text = str(error)
-        if shutil.disk_usage(root).free < NO_SPACE_LEFT or "No space left" in text or "file write failed" in text:
-            raise OSError(errno.ENOSPC, "no space left", str(root)) from error
-        raise
+        if isinstance(error, EdgestillError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        number = _hidden_error_number(str(error), shutil.disk_usage(root).free)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(root)) from error
+
+
+def _hidden_error_number(text: str, free: int) -> int | None:
+    """The error number behind the words of a library, or None when they are not about writing."""
+    if found := STATED_NUMBER.search(text):
+        number = int(found[1] or found[2])
+        return number if number in WRITE_ERRORS else None
+    if free < NO_SPACE_LEFT:
+        return errno.ENOSPC
+    if not any(words in text for words in WRITE_FAILED):
+        return None
+    limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if limited else errno.ENOSPC

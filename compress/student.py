@@ -90,7 +90,7 @@ def _own_config(given: dict[str, Any], teacher: TeacherFacts, vocabulary: int) -
             f"student.config.model_type: {family!r} is not known to transformers; for example llama"
         ) from error
     _check_fields(given, plain, family)
-    source = AutoConfig.from_pretrained(teacher.path)
+    source = read_config(teacher.path, teacher.name, trust_remote_code=teacher.trust_remote_code)
     ids = {name: getattr(source, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config: PretrainedConfig = AutoConfig.for_model(family, **{"vocab_size": vocabulary, **ids, **given})

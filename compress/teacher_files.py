@@ -126,16 +126,17 @@ def count_parameters(files: list[Path]) -> int:
     """
     total = 0
     for file in files:
+        size = file.stat().st_size
         with file.open("rb") as handle:
             try:
-                length = int.from_bytes(handle.read(8), "little")
+                length = min(int.from_bytes(handle.read(8), "little"), size)
                 header = json.loads(handle.read(length))
                 tensors = [entry for key, entry in header.items() if key != "__metadata__"]
                 declared = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
                 total += sum(torch.Size(entry["shape"]).numel() for entry in tensors)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, MemoryError) as error:
                 raise BadInput(f"{file}: is no safetensors file; fetch it again") from error
-        if (size := file.stat().st_size) != declared:
+        if size != declared:
             raise BadInput(f"{file}: has {size} bytes where its header declares {declared}; fetch it again")
     return total
 

@@ -86,7 +86,9 @@ def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) 
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError)) and type(error) is not Exception:
+            raise  # what the tokenizers library cannot read, it reports as a plain Exception
         reason = " ".join(str(error).split())[:160]
         raise BadInput(f"{name}: the tokenizer in {folder} cannot be loaded ({reason}); correct its files") from error
     if not tokenizer.is_fast:

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 from edgestill.compress import distill
 from edgestill.compress.corpus import held_out_part
 from edgestill.compress.reference import choose_windows, make_reference
-from edgestill.compress.sources import source_hash
+from edgestill.compress.sources import source_files, source_hash
 from edgestill.compress.stages import Workspace
+from edgestill.compress.teacher_files import count_parameters
+from edgestill.export.bundle_writer import tokenizer_files
 from edgestill.export.model_facts import load_config, size_of_config
 from edgestill.export.plan import load_all, plan
 from edgestill.export.ship import Origin, ship
@@ -39,10 +41,11 @@ def build(recipe: str, profiles: list[str], out: Path | None, force: bool, progr
     Raises:
         BadInput: anything in the words, the texts or the output folder that cannot be used as given.
     """
-    loaded, targets, teachers, _ = load_all(recipe, profiles)
+    found = load_all(recipe, profiles)
+    loaded, teachers = found.loaded, found.given.teachers
     root = out or default_folder(recipe)
     with Workspace(root, progress, force=force).locked() as space:
-        made = distill.run(loaded, space)
+        made = distill.run(loaded, found.given, space)
         origin = Origin(
             name=loaded.name,
             student=made.student,
@@ -54,7 +57,7 @@ def build(recipe: str, profiles: list[str], out: Path | None, force: bool, progr
             teacher_paths={t.name: (t.path, t.precision) for t in teachers},
             training_log=made.training_log,
         )
-        verdicts = [ship(origin, target, space, progress) for target in targets]
+        verdicts = [ship(origin, target, space, progress) for target in found.targets]
         for stage in space.done:
             spent = "kept" if stage.reused else f"{stage.seconds:.1f} s"
             progress.say(f"stage {stage.name}: {spent}")
@@ -90,8 +93,13 @@ def export_checkpoint(
     wanted = load_limits(limits) if limits is not None else {}
     if wanted and held_out is None:
         raise BadInput(f"limits on {', '.join(wanted)} need text to judge on; give --held-out TEXT")
+    if held_out is not None:
+        if not held_out.exists():
+            raise BadInput(f"--held-out {held_out}: there is no such file or folder; give text to judge on")
+        source_files(_text(held_out), Path)
+    tokenizer_files(checkpoint)
+    weights = weights_hash(checkpoint)
     with Workspace(out, progress).locked() as space:
-        weights = weights_hash(checkpoint)
         reference = _float_answers(checkpoint, weights, held_out, space, progress) if held_out is not None else None
         origin = Origin(
             name=checkpoint.resolve().name,
@@ -120,20 +128,25 @@ def _float_answers(checkpoint: Path, weights: str, text: Path, space: Workspace,
         save_reference(made, folder)
         return {"tokens": int(made.token_ids.size)}
 
-    content = source_hash(SourceSpec(path=str(text)), Path)
+    content = source_hash(_text(text), Path)
     inputs = {"weights": weights, "text": content, "reference": spec.model_dump(mode="json"), "code": 1}
     return space.stage("reference", "reference: the float checkpoint on held-out text", inputs, answer).folder
+
+
+def _text(path: Path) -> SourceSpec:
+    return SourceSpec(path=str(path))
 
 
 def weights_hash(checkpoint: Path) -> str:
     """sha256 over names and bytes of the checkpoint's safetensors files and configuration.
 
     Raises:
-        BadInput: there are none.
+        BadInput: there are none, or one is cut short.
     """
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise BadInput(f"{checkpoint}: holds no *.safetensors; save the checkpoint with save_pretrained")
+    count_parameters(files)
     digest = hashlib.sha256()
     for file in [*files, checkpoint / "config.json"]:
         with file.open("rb") as handle:

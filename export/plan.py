@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from edgestill.compress.teachers import TeacherFacts, check_same_tokenizer, fit_together, resolve_teachers
-from edgestill.export.model_facts import load_config, size_of_config
+from edgestill.compress.inputs import Inputs, check_inputs
+from edgestill.compress.teachers import fit_together
+from edgestill.export.model_facts import size_of_config
 from edgestill.profiles.arithmetic import ModelSize, predict, refuse_engine, refuse_impossible
 from edgestill.profiles.load import LoadedProfile, LoadedRecipe, load_profile, load_recipe
-from edgestill.profiles.schema import Recipe
-
-LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
+from edgestill.runtime.errors import BadInput
 
 
-def student_size(recipe: Recipe, teachers: list[TeacherFacts], vocabulary: int) -> ModelSize:
-    """The size of the student that the recipe describes; no weight is allocated."""
-    spec = recipe.student
-    if spec.init == "config":
-        return size_of_config({"vocab_size": vocabulary, **(spec.config or {})})
-    teacher = next(t for t in teachers if t.name == spec.init.removeprefix("teacher:"))
-    config = load_config(teacher.path).to_dict()
-    layers = spec.layers or len(spec.keep_layers or ())
-    config |= {field: layers for field in LAYER_FIELDS if field in config}
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][:layers]
-    return size_of_config({**config, "vocab_size": vocabulary})
+@dataclass(frozen=True)
+class Plan:
+    """The words of a build and what they stand for on this machine, checked."""
+
+    loaded: LoadedRecipe
+    targets: list[LoadedProfile]
+    given: Inputs
+    size: ModelSize
+    """Of the student."""
 
 
-def load_all(recipe: str, profiles: list[str]) -> tuple[LoadedRecipe, list[LoadedProfile], list[TeacherFacts], int]:
-    """Everything the words refer to, checked: the recipe, the profiles, the teachers and their shared vocabulary.
+def load_all(recipe: str, profiles: list[str]) -> Plan:
+    """Everything the words refer to, checked: the recipe, the profiles, teachers, texts and the student.
 
     Raises:
         BadInput: any of it cannot be used, or a profile's budget is beyond what the arithmetic allows.
     """
     loaded = load_recipe(recipe)
+    targets = _targets(profiles)
+    given = check_inputs(loaded)
+    size = size_of_config(given.student)
+    for target in targets:
+        refuse_impossible(size, target.profile, target.name)
+    return Plan(loaded, targets, given, size)
+
+
+def _targets(profiles: list[str]) -> list[LoadedProfile]:
     targets = [load_profile(name) for name in dict.fromkeys(profiles)]
     for target in targets:
         refuse_engine(target.profile, target.name)
-    teachers = resolve_teachers(loaded.recipe.teachers, loaded.resolve)
-    vocabulary = check_same_tokenizer(teachers)
-    size = student_size(loaded.recipe, teachers, vocabulary)
-    for target in targets:
-        refuse_impossible(size, target.profile, target.name)
-    return loaded, targets, teachers, vocabulary
+    names = [target.name for target in targets]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise BadInput(f"two profiles are called {twice}, and each names the folder of its bundle; rename one file")
+    return targets
 
 
 def plan(recipe: str, profiles: list[str]) -> list[tuple[str, str]]:
@@ -54,9 +59,8 @@ def plan(recipe: str, profiles: list[str]) -> list[tuple[str, str]]:
     """
     import psutil
 
-    loaded, targets, teachers, vocabulary = load_all(recipe, profiles)
-    words = loaded.recipe
-    size = student_size(words, teachers, vocabulary)
+    found = load_all(recipe, profiles)
+    loaded, words, teachers, size = found.loaded, found.loaded.recipe, found.given.teachers, found.size
     train, length = words.train, words.data.sequence_length
     steps = math.ceil(train.tokens / (train.batch_size * train.gradient_accumulation * length))
     rows = [("recipe", f"{loaded.name} ({_short(loaded.path)})")]
@@ -78,7 +82,7 @@ def plan(recipe: str, profiles: list[str]) -> list[tuple[str, str]]:
         ("held-out tokens", f"{words.reference.tokens:,}, top {words.reference.top_k} stored"),
         ("quality limits", ", ".join(f"{name} {limit:g}" for name, limit in words.limits.items()) or "none"),
     ]
-    for target in targets:
+    for target in found.targets:
         rows += _target_rows(target, size)
     return rows
 

@@ -56,7 +56,7 @@ class FusionSpec(Words):
     weights: Literal["uniform", "static", "entropy"] = "entropy"
     granularity: Literal["token", "sequence"] = "sequence"
     """Where the entropy is averaged before it becomes a weight. Per token a wrong but sure teacher wins too often."""
-    entropy_temperature: Positive = 0.05
+    entropy_temperature: Positive = 0.02
     """tau in softmax(-H / (tau log V)); smaller is sharper."""
     floor: Fraction = 0.01
     """w <- (1 - floor) w + floor / K keeps every teacher alive."""
@@ -256,6 +256,14 @@ class Recipe(Words):
             raise ValueError(f"teacher names {names} repeat; each must be its own")
         if self.student.init != "config" and self.student.init.removeprefix("teacher:") not in names:
             raise ValueError(f"student.init {self.student.init!r} names no teacher; there are {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _features_need_teachers(self) -> Recipe:
+        if self.losses.features is not None and self.train.teacher_cache == "always":
+            raise ValueError(
+                "losses.features needs the teachers during training, which train.teacher_cache: always replaces; remove one"
+            )
         return self
 
 

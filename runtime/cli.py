@@ -50,6 +50,7 @@ DISK_ERRORS = {
     errno.EROFS: "the file system is read-only; write elsewhere",
     errno.EACCES: "permission denied; change its mode or owner, or use another place",
     errno.EPERM: "not permitted; change its mode or owner, or use another place",
+    errno.EFBIG: "the file would be larger than this process may write; raise the limit (ulimit -f) or write elsewhere",
     errno.ENAMETOOLONG: "the name is too long; use a shorter one",
 }
 """What the machine refuses, in words with the repair; any other OSError is a bug of ours."""
@@ -149,6 +150,8 @@ def describe(error: Exception) -> tuple[int, list[str]]:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return 2, [f"{error.filename or 'the output'}: {DISK_ERRORS[error.errno]}"]
     words = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return 2, [f"memory is used up{f' ({words})' if words else ''}; free some, or ask for less"]
     what = type(error).__name__ + (f": {words}" if words else "")
     return EX_SOFTWARE, [f"unexpected {what}; this is a bug: set {DEBUG}=1 for the traceback"]
 

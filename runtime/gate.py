@@ -69,6 +69,8 @@ class Report:
     """Perplexities of the teachers, the fused target, the float student and the artifact, by domain (quality_beside)."""
     teachers: list[dict[str, Any]] = field(default_factory=list)
     """The teachers' own measurements on the build machine, from the manifest."""
+    student_torch: dict[str, Any] = field(default_factory=dict)
+    """The float student in torch on the build machine, from the manifest."""
     paths: dict[str, Any] = field(default_factory=dict)
     """How far the cached one-token path and the whole-window path are apart (path_differences)."""
     memory_timeline: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +108,9 @@ def judge(estimates: Mapping[str, Estimate], limits: Mapping[str, float]) -> tup
         BadInput: a limit or an estimate has a name that is no metric.
     """
     names = _ordered({*estimates, *limits})
-    checks = tuple(_check(name, estimates.get(name, Estimate.missing(NOT_MEASURED)), limits.get(name)) for name in names)
+    checks = tuple(
+        _check(name, estimates.get(name, Estimate.missing(NOT_MEASURED)), limits.get(name)) for name in names
+    )
     if any(check.passed is False for check in checks):
         return "fail", checks
     if any(check.limit is not None and check.passed is None for check in checks):
@@ -134,7 +138,16 @@ def _check(name: str, estimate: Estimate, limit: float | None) -> Check:
     elif limit is not None and bound is not None:
         passed = bound <= limit if what.direction == "lower" else bound >= limit
     return Check(
-        name, estimate.value, estimate.standard_error, estimate.n, bound, limit, what.direction, what.unit, passed, reason
+        name,
+        estimate.value,
+        estimate.standard_error,
+        estimate.n,
+        bound,
+        limit,
+        what.direction,
+        what.unit,
+        passed,
+        reason,
     )
 
 
@@ -165,6 +178,7 @@ def check_bundle(bundle: Path, progress: Progress | None = None, *, keep: bool =
         samples=measured.samples,
         quality=beside,
         teachers=manifest.teachers,
+        student_torch=manifest.provenance.get("student_torch") or {},
         paths=paths,
         memory_timeline=measured.memory_timeline,
         name=manifest.name,

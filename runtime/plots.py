@@ -60,11 +60,14 @@ def figures(report: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | N
     makers: list[tuple[str, Callable[[], Any]]] = [
         ("Perplexity on the held-out tokens, beside the teachers (lower is better).", lambda: perplexity_bars(report)),
         ("Losses over training.", lambda: loss_curves(training or [])),
-        ("Mean weight of each teacher over training, by the domain of the text.", lambda: teacher_weights(training or [])),
+        (
+            "Mean weight of each teacher over training, by the domain of the text.",
+            lambda: teacher_weights(training or []),
+        ),
         ("Latencies; the dashed line is the median.", lambda: latency_histograms(report.get("samples", {}))),
         ("Resident memory of the measuring process.", lambda: memory_over_time(report.get("memory_timeline", {}))),
     ]
-    with mpl.rc_context(style):
+    with mpl.rc_context(style):  # type: ignore[arg-type]  # its stubs list every key
         made = [(caption, make()) for caption, make in makers]
         return [(caption, _svg(figure)) for caption, figure in made if figure is not None]
 
@@ -83,13 +86,20 @@ def perplexity_bars(report: Mapping[str, Any]) -> Any:
         at = [c + (i - (len(rows) - 1) / 2) * width for c in range(len(columns))]
         hatch = "//" if row["kind"] in ("student", "fused") else None
         colour = INK if row["kind"] == "artifact" else COLOURS[i % len(COLOURS)]
-        bars = axes.bar(at, values, width * 0.92, label=clean(row["name"]), color=colour, hatch=hatch, edgecolor="white")
+        bars = axes.bar(
+            at, values, width * 0.92, label=clean(row["name"]), color=colour, hatch=hatch, edgecolor="white"
+        )
         if len(rows) * len(columns) <= 24:
             labels = ["" if math.isnan(v) else f"{v:.3g}" for v in values]
             axes.bar_label(bars, labels, fontsize=6.5, padding=1)
     finite = [v for row in rows for v in row["values"] if v is not None]
     if max(finite) > 8 * min(finite):
+        from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
         axes.set_yscale("log")
+        # the default log labels are mathematical text, which is off: names come from strangers' bundles
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(range(len(columns)), columns)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("perplexity")
@@ -112,7 +122,9 @@ def loss_curves(training: Sequence[Mapping[str, Any]]) -> Any:
         right.set_xlabel("tokens")
         right.set_title("validation perplexity", fontsize=9)
     for i, (name, x, y) in enumerate(series):
-        axes.plot(x, y, label=name.replace("_", " "), color=COLOURS[i % len(COLOURS)], lw=1.9 if name == "loss" else 1.2)
+        axes.plot(
+            x, y, label=name.replace("_", " "), color=COLOURS[i % len(COLOURS)], lw=1.9 if name == "loss" else 1.2
+        )
     axes.set_xlabel("tokens")
     axes.set_title("loss, nats per token", fontsize=9)
     axes.legend(fontsize=8)
@@ -129,8 +141,14 @@ def teacher_weights(training: Sequence[Mapping[str, Any]]) -> Any:
     figure, panels = _figure((WIDE[0], 2.6), columns=len(domains), sharey=True)
     for axes, domain in zip(panels if len(domains) > 1 else [panels], domains, strict=True):
         for i, teacher in enumerate(teachers):
-            points = [(_tokens(row), row["weights"][domain][teacher]) for row in rows if teacher in row["weights"].get(domain, {})]
-            axes.plot([x for x, _ in points], [y for _, y in points], label=clean(teacher), color=COLOURS[i % len(COLOURS)])
+            points = [
+                (_tokens(row), row["weights"][domain][teacher])
+                for row in rows
+                if teacher in row["weights"].get(domain, {})
+            ]
+            axes.plot(
+                [x for x, _ in points], [y for _, y in points], label=clean(teacher), color=COLOURS[i % len(COLOURS)]
+            )
         axes.set_title(clean(domain), fontsize=9)
         axes.set_ylim(0, 1)
         axes.set_xlabel("tokens")

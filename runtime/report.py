@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgestill.runtime.beside import COLUMNS, rows_beside
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.manifest import LOCAL, MANIFEST
 from edgestill.runtime.metrics import metric
@@ -97,15 +98,44 @@ def print_table(report: Mapping[str, Any], console: Console | None = None) -> No
     judged = report["verdict"] is not None
     styles = {True: "green", False: "bold red", None: "dim"}
     for row in report["checks"]:
-        cells = [with_error(row["value"], row["standard_error"]), number(row["bound"]), limit_text(row), str(row["n"] or "–")]
+        cells = [
+            with_error(row["value"], row["standard_error"]),
+            number(row["bound"]),
+            limit_text(row),
+            str(row["n"] or "–"),
+        ]
         result = Text(result_text(row) if judged else "", styles[row["passed"]])
         table.add_row(Text(row["name"]), *(Text(cell) for cell in cells), result)
     out.print(table)
+    _print_beside(out, report)
     for reason, names in _reasons(report["checks"]).items():
         out.print(Padding(Text(f"– {', '.join(names)}: {reason}", style="dim"), (0, 0, 0, 0)))
     if judged:
         style = {"pass": "bold green", "fail": "bold red"}.get(report["verdict"], "bold yellow")
         out.print(Text(verdict_line(report), style=style))
+
+
+def _print_beside(out: Console, report: Mapping[str, Any]) -> None:
+    """The teachers' own values beside the artifact's, where there are any."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = rows_beside(report)
+    if not rows:
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("\nbeside", no_wrap=True, max_width=20, overflow="ellipsis")
+    for heading in (
+        "perplexity\nheld-out",
+        "first\ntoken ms",
+        "between\ntokens ms",
+        "decode\ntokens/s",
+        "peak RSS\nMiB",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(Text(row.name), *(Text(number(value)) for value in row.values))
+    out.print(table)
 
 
 def _reasons(checks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -185,7 +215,8 @@ def page(report: Mapping[str, Any], manifest: Mapping[str, Any], training: Seque
     environment.filters |= {"number": number, "limit": limit_text, "result": result_text, "flat": flatten}
     environment.globals |= {"with_error": with_error, "about": _about}
     pictures = [
-        {"caption": caption, "data": base64.b64encode(svg.encode()).decode()} for caption, svg in figures(report, training)
+        {"caption": caption, "data": base64.b64encode(svg.encode()).decode()}
+        for caption, svg in figures(report, training)
     ]
     return environment.from_string(source).render(
         report=report,
@@ -198,8 +229,8 @@ def page(report: Mapping[str, Any], manifest: Mapping[str, Any], training: Seque
         paths=report.get("paths") or {},
         workload=(report.get("samples") or {}).get("workload") or {},
         warm_up=(report.get("samples") or {}).get("warm_up") or [],
-        teachers=report.get("teachers") or [],
-        teacher_columns=_columns(report.get("teachers") or []),
+        beside=rows_beside(report),
+        beside_columns=COLUMNS,
     )
 
 
@@ -218,9 +249,3 @@ def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
 def _about(name: str) -> str:
     what = metric(name)
     return what.about if what is not None else ""
-
-
-def _columns(teachers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys of the teachers' rows in order of appearance, plain values only."""
-    keys = dict.fromkeys(key for row in teachers for key, value in row.items() if not isinstance(value, Mapping | list))
-    return list(keys)

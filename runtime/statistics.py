@@ -136,7 +136,7 @@ def binomial_cdf(n: int, q: float) -> F64:
     j = np.arange(n + 1)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     log_pmf = log_factorial[n] - log_factorial - log_factorial[::-1] + j * math.log(q) + (n - j) * math.log1p(-q)
-    return np.minimum(np.cumsum(np.exp(log_pmf)), 1.0)
+    return np.asarray(np.minimum(np.cumsum(np.exp(log_pmf)), 1.0), np.float64)
 
 
 def quantile_ranks(n: int, q: float, confidence: float = 0.95) -> tuple[int | None, int | None]:

@@ -10,6 +10,7 @@ import pytest
 from tiny import write_model, write_text
 
 from edgestill.compress import distill
+from edgestill.compress.inputs import check_inputs
 from edgestill.compress.stages import Workspace
 from edgestill.profiles.load import load_recipe
 from edgestill.runtime.progress import QuietProgress
@@ -62,7 +63,8 @@ def weights(folder: Path) -> str:
 
 def run(path: Path, out: Path) -> distill.Distilled:
     with Workspace(out, QuietProgress()).locked() as space:
-        return distill.run(load_recipe(str(path)), space)
+        loaded = load_recipe(str(path))
+        return distill.run(loaded, check_inputs(loaded), space)
 
 
 def test_story_makes_a_normal_checkpoint_and_a_reference(place: Path, tmp_path: Path) -> None:

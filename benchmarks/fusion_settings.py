@@ -1,0 +1,122 @@
+"""How good is the fused target itself? Perplexity of every way to weight and mix a recipe's teachers, on validation text.
+
+    python benchmarks/fusion_settings.py quickstart --json benchmarks/results/fusion_quickstart.json
+
+No student is trained: this is how the recipe's fusion was chosen. `calibrated` says whether entropies were compared at each
+teacher's fitted temperature. `alone` is each teacher by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgestill.compress.calibrate import calibrate, calibration_windows
+from edgestill.compress.corpus import Corpus, build_corpus, open_corpus
+from edgestill.compress.fusion import WeightRule
+from edgestill.compress.reference import choose_windows
+from edgestill.compress.targets import OnlineTarget, TeacherRows
+from edgestill.compress.teachers import Teacher, best_device, check_same_tokenizer, load_teacher, resolve_teachers
+from edgestill.profiles.load import load_recipe
+from edgestill.profiles.schema import FusionSpec
+from edgestill.runtime.device import environment
+from edgestill.runtime.progress import Progress, QuietProgress
+
+TOKENS = 24_000
+WINDOWS_PER_CHUNK = 8
+
+
+def settings() -> list[tuple[FusionSpec, bool]]:
+    """(fusion, calibrated) of every row."""
+    rows = [(FusionSpec(weights="uniform", mix=mix), False) for mix in ("arithmetic", "geometric")]
+    taus = (0.5, 0.1, 0.05, 0.02, 0.01, 0.005)
+    for granularity, tau, calibrated in itertools.product(("sequence", "token"), taus, (True, False)):
+        rows.append((FusionSpec(granularity=granularity, entropy_temperature=tau), calibrated))
+    rows.append((FusionSpec(entropy_temperature=0.02, mix="geometric"), True))
+    rows += [(FusionSpec(entropy_temperature=0.02, floor=floor), True) for floor in (0.0, 0.05, 0.1)]
+    return rows
+
+
+@torch.no_grad()
+def study(recipe: str) -> dict[str, Any]:
+    """All rows, and what the teachers say alone."""
+    loaded = load_recipe(recipe)
+    facts = resolve_teachers(loaded.recipe.teachers, loaded.resolve)
+    vocabulary = check_same_tokenizer(facts)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        build_corpus(loaded.recipe.data, loaded.resolve, facts[0].path, out, seed=0, progress=QuietProgress())
+        corpus = open_corpus(out)
+        teachers = [load_teacher(f, best_device()) for f in facts]
+        return {"recipe": loaded.name, **_evaluate(corpus, teachers, vocabulary), "environment": environment()}
+
+
+def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[str, Any]:
+    part = corpus.validation
+    temperatures = []
+    for teacher in teachers:
+        with QuietProgress().task("", 1) as task:
+            found = calibrate(teacher, part, calibration_windows(part), batch_size=8, task=task)
+        temperatures.append(found.temperature)
+    windows = choose_windows(part, TOKENS)
+    ids = torch.from_numpy(part.token_ids[windows].astype(np.int64)).to(best_device())
+    answers = ids.shape[1] - 1
+    domain = np.repeat(part.domain[windows], answers)
+    hidden = [torch.cat([t.hidden(b)[0][:, :-1].flatten(0, 1).float() for b in ids.split(8)]) for t in teachers]
+    labels = ids[:, 1:].flatten()
+    sequence = torch.arange(len(windows), device=ids.device).repeat_interleave(answers)
+
+    def perplexities(rule: WeightRule, used: list[int], calibrations: list[float]) -> dict[str, float]:
+        rows = [
+            TeacherRows(hidden[k], teachers[k].head_weight.float(), None, c)
+            for k, c in zip(used, calibrations, strict=True)
+        ]
+        target, picked = OnlineTarget(rows, rule), []
+        for start in range(0, labels.numel(), answers * WINDOWS_PER_CHUNK):
+            chunk = slice(start, min(labels.numel(), start + answers * WINDOWS_PER_CHUNK))
+            picked.append(target.chunk(chunk, sequence[chunk]).log_p.gather(1, labels[chunk, None]).squeeze(1))
+        logp = torch.cat(picked).cpu().double().numpy()
+        masks = {"mixed": domain >= 0, **{name: domain == i for i, name in enumerate(corpus.domains)}}
+        return {name: round(math.exp(-float(logp[mask].mean())), 3) for name, mask in masks.items()}
+
+    alone = {
+        t.facts.name: perplexities(WeightRule.of(FusionSpec(weights="uniform"), [1.0], vocabulary), [k], [1.0])
+        for k, t in enumerate(teachers)
+    }
+    everyone, rows = list(range(len(teachers))), []
+    for spec, calibrated in settings():
+        rule = WeightRule.of(spec, [1.0] * len(teachers), vocabulary)
+        found = perplexities(rule, everyone, temperatures if calibrated else [1.0] * len(teachers))
+        rows.append({**spec.model_dump(exclude={"calibrate"}), "calibrated": calibrated, "perplexity": found})
+    return {"tokens": int(ids.numel()), "temperatures": temperatures, "alone": alone, "rows": rows}
+
+
+def main() -> None:
+    """Print the rows, best last, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    progress = Progress()
+    progress.say(f"{arguments.recipe}: {len(settings())} ways to fuse")
+    result = study(arguments.recipe)
+    for row in sorted(result["rows"], key=lambda r: -r["perplexity"]["mixed"]):
+        words = (
+            f"{row['weights']} {row['granularity']} tau {row['entropy_temperature']} floor {row['floor']} {row['mix']}"
+        )
+        print(f"{words:60} {'calibrated' if row['calibrated'] else '':10} {row['perplexity']}")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Divergences between the target p and the student q: real values and closed-form gradients.
 
-Each entry takes p, log p and log q, all float32 (or float64) [n, C] over the same C classes (the vocabulary, or k + 1
+Each entry takes p, log p, q and log q, all float32 (or float64) [n, C] over the same C classes (the vocabulary, or k + 1
 buckets), and returns the value per row in nats [n] and its gradient with respect to the student's logits z / T [n, C], where
 q = softmax(z / T). With g = dL/dq and J(g) = q * (g - <q, g>) the gradient is J(g):
 
@@ -26,32 +26,34 @@ from torch import Tensor
 LOG_TINY = -87.0
 """log of the smallest probability that is told from zero: about the logarithm of float32's smallest normal number."""
 
-Divergence = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
-def forward_kl(p: Tensor, log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row of a and b [n, C] -> [n]; unlike (a * b).sum(-1) it writes no [n, C] tensor."""
+    return torch.einsum("nc,nc->n", a, b)
+
+
+def forward_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """KL(p || q), mass covering. `beta` is not read."""
-    value = (p * (log_p - log_q)).sum(-1)
-    return value, log_q.exp() - p
+    return row_dot(p, log_p) - row_dot(p, log_q), q - p
 
 
-def reverse_kl(p: Tensor, log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+def reverse_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """KL(q || p), mode seeking. `beta` is not read."""
-    q = log_q.exp()
     log_ratio = log_q - log_p
-    value = (q * log_ratio).sum(-1)
-    return value, q * (log_ratio - value.unsqueeze(-1))
+    value = row_dot(q, log_ratio)
+    return value, log_ratio.sub_(value.unsqueeze(-1)).mul_(q)
 
 
-def jsd(p: Tensor, log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+def jsd(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """Generalised Jensen-Shannon divergence, 0 < beta < 1 (GKD, arXiv 2306.13649, eq. 1).
 
     It goes to 0 as beta goes to 0 or 1, so it does not pass into forward or reverse KL there: ask for those by name.
     """
-    q = log_q.exp()
     log_m = torch.log((beta * p + (1 - beta) * q).clamp_min(torch.finfo(p.dtype).tiny))
     log_q_over_m = log_q - log_m
-    value = beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * log_q_over_m).sum(-1)
+    value = beta * row_dot(p, log_p - log_m) + (1 - beta) * row_dot(q, log_q_over_m)
     g = (1 - beta) * log_q_over_m
     return value, q * (g - (q * g).sum(-1, keepdim=True))
 

@@ -29,7 +29,7 @@ from edgestill.compress.targets import Buckets, Dense, Target
 
 BUFFERS_PER_CHUNK = 7
 """[rows, V] float32 tensors alive at the peak of one chunk."""
-DEFAULT_CHUNK_BYTES = 64 << 20
+DEFAULT_CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,16 @@ class _FusedHead(torch.autograd.Function):
                 logits = torch.nn.functional.linear(h, weight, None if bias is None else bias.detach().to(dtype))
                 logits = logits.to(sums.dtype)
                 answer = target.chunk(rows, sequence[rows]) if target is not None and spec.weight > 0 else None
-                gradient = _chunk_gradient(logits, labels[rows], answer, spec, sums).div_(normaliser)
+                gradient = _chunk_gradient(logits, labels[rows], answer, spec, sums)
                 g = gradient.to(dtype)
                 grad_hidden[rows] = (g @ weight).to(grad_hidden.dtype)
                 if grad_head is not None:
                     grad_head += g.T @ h
                 if grad_bias is not None:
                     grad_bias += gradient.sum(0)
+        for found in (grad_hidden, grad_head, grad_bias):  # [n, d] and [V, d] are small beside [n, V]
+            if found is not None:
+                found.div_(normaliser)
         ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
         ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
         loss = (spec.weight * spec.temperature**2 * sums[0] + spec.cross_entropy * sums[1]) / normaliser
@@ -154,21 +157,22 @@ def _chunk_gradient(
 ) -> Tensor:
     """Gradient of the weighted loss of one chunk with respect to its logits [rows, V]; adds the values to `sums`."""
     log_q = torch.log_softmax(logits, -1)
+    q = log_q.exp()
     label_log_q = log_q.gather(1, labels.unsqueeze(1))
     sums[1] -= label_log_q.sum()
-    gradient = torch.zeros_like(logits)
-    if isinstance(target, Dense):
-        tempered = log_q if spec.temperature == 1 else torch.log_softmax(logits / spec.temperature, -1)
-        p, log_p = target.p.to(logits.dtype), target.log_p.to(logits.dtype)
-        value, gradient = DIVERGENCES[spec.divergence](p, log_p, tempered, spec.beta)
-        gradient.mul_(spec.weight * spec.temperature)
+    if target is None:
+        gradient = q.mul_(spec.cross_entropy)
+    else:
+        if isinstance(target, Dense):
+            tempered = log_q if spec.temperature == 1 else torch.log_softmax(logits / spec.temperature, -1)
+            q_tempered = q if spec.temperature == 1 else tempered.exp()
+            p, log_p = target.p.to(logits.dtype), target.log_p.to(logits.dtype)
+            value, gradient = DIVERGENCES[spec.divergence](p, log_p, q_tempered, tempered, spec.beta)
+        else:
+            value, gradient = _bucket_gradient(logits, log_q, target, spec)
         sums[0] += value.sum()
-    elif isinstance(target, Buckets):
-        value, gradient = _bucket_gradient(logits, log_q, target, spec)
-        gradient.mul_(spec.weight * spec.temperature)
-        sums[0] += value.sum()
+        gradient.mul_(spec.weight * spec.temperature).add_(q, alpha=spec.cross_entropy)
     if spec.cross_entropy > 0:
-        gradient.add_(log_q.exp_(), alpha=spec.cross_entropy)
         gradient.scatter_add_(1, labels.unsqueeze(1), torch.full_like(label_log_q, -spec.cross_entropy))
     return gradient
 
@@ -185,7 +189,7 @@ def _bucket_gradient(logits: Tensor, log_q: Tensor, target: Buckets, spec: Outpu
         log_b = torch.log_softmax(log_b / spec.temperature, -1)
         log_p = torch.log_softmax(log_p / spec.temperature, -1)
     p = log_p.exp().masked_fill(log_p <= LOG_TINY, 0.0)
-    value, per_bucket = DIVERGENCES[spec.divergence](p, log_p, log_b, spec.beta)
+    value, per_bucket = DIVERGENCES[spec.divergence](p, log_p, log_b.exp(), log_b, spec.beta)
     share = torch.where(torch.isfinite(tail), (outside - tail).exp(), torch.zeros_like(outside))
     gradient = share.mul_(per_bucket[:, -1:])
     gradient.scatter_add_(1, target.ids, per_bucket[:, :-1].masked_fill(~target.used, 0.0))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgestill.compress.divergence import LOG_TINY
+from edgestill.compress.divergence import LOG_TINY, row_dot
 from edgestill.profiles.schema import FusionSpec
 
 
@@ -91,8 +91,8 @@ def pool(values: Tensor, sequence: Tensor) -> Tensor:
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
-    """Entropy in nats [rows] of log-probabilities [rows, C]; a class with log p = -inf adds nothing."""
-    return -(log_p.exp() * log_p.clamp_min(LOG_TINY)).sum(-1)
+    """Entropy in nats [rows] of finite log-probabilities [rows, C]."""
+    return -row_dot(log_p.exp(), log_p)
 
 
 class FusionAccumulator:
@@ -107,10 +107,13 @@ class FusionAccumulator:
         self._total: Tensor | None = None
         self._shift: Tensor | None = None
 
-    def add(self, log_p: Tensor, score: Tensor) -> None:
-        """Add the teacher with log-probabilities [rows, C] and unnormalised log-weight [rows]. `log_p` is overwritten."""
+    def term(self, logits: Tensor) -> Tensor:
+        """What `add` takes of a teacher's logits [rows, C]: probabilities, or log-probabilities for the geometric mix."""
+        return torch.log_softmax(logits, -1) if self.rule.geometric else torch.softmax(logits, -1)
+
+    def add(self, term: Tensor, score: Tensor) -> None:
+        """Add one teacher's `term` [rows, C] (kept and overwritten) with its unnormalised log-weight [rows]."""
         self.scores.append(score)
-        term = log_p if self.rule.geometric else log_p.exp_()
         if self.rule.floor > 0:
             self._plain = term.clone() if self._plain is None else self._plain.add_(term)
         if self._weighted is None or self._shift is None or self._total is None:

@@ -95,8 +95,8 @@ class OnlineTarget:
             if self.rule.by_entropy:
                 entropy = entropy_of(torch.log_softmax(logits / teacher.calibration, -1))
                 self.entropies[k, rows] = entropy
-            log_p = torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, -1)
-            fused.add(log_p, self.rule.score(k, entropy, sequence))
+            tempered = logits if self.temperature == 1 else logits / self.temperature
+            fused.add(fused.term(tempered), self.rule.score(k, entropy, sequence))
         p, log_p, self.weights[:, rows] = fused.finish()
         return Dense(p, log_p)
 
@@ -139,9 +139,8 @@ class CachedTarget:
                 unstored, 1
             )  # of the tail, by the others' tokens
             rest = tail.clamp_min(LOG_TINY) + torch.log1p(-taken.clamp_max(1 - 1e-6))
-            log_p = torch.cat([log_p.masked_fill(~used, float("-inf")), rest.unsqueeze(1)], dim=1)
-            log_p = torch.log_softmax(log_p, -1).clamp_min(LOG_TINY)
-            fused.add(log_p, self.rule.score(k, teacher.entropy[rows], sequence))
+            log_p = torch.cat([log_p.masked_fill(~used, LOG_TINY), rest.unsqueeze(1)], dim=1)
+            fused.add(fused.term(log_p.clamp_min(LOG_TINY)), self.rule.score(k, teacher.entropy[rows], sequence))
         _, log_p, self.weights[:, rows] = fused.finish()
         return Buckets(ids, used, log_p)
 

@@ -214,6 +214,10 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
         if state.global_step:
             self.task.advance(state.global_step * self.tokens_per_step, f"resumed at step {state.global_step}")
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps have their row too
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if not logs or "grad_norm" not in logs:
             return  # the Trainer's closing summary

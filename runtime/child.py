@@ -1,7 +1,7 @@
 """Measuring in a process of its own, so that a peak is the workload's and a killed workload is a row without a value.
 
-The parent starts `python -m edgestill.runtime.measuring_process`, reads progress as JSON lines from its stdout and the result from a
-file. Whatever ends the child (a known error, an exception, the kernel's out-of-memory killer) becomes one line of reason.
+The parent starts `python -m edgestill.runtime.measuring_process`, reads progress as JSON lines from its stdout and the result
+from a file. Whatever ends the child (a known error, an exception, the kernel's out-of-memory killer) becomes one line of reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class MeasurementFailed(EdgestillError):
     """The measuring process gave no result; the message is the reason that stands in the report."""
 
 
-def run_child(task: str, bundle: Path, request: dict[str, Any], label: str, progress: Progress | None) -> dict[str, Any]:
+def run_child(
+    task: str, bundle: Path, request: dict[str, Any], label: str, progress: Progress | None
+) -> dict[str, Any]:
     """Run `task` on `bundle` in a fresh interpreter and return its result.
 
     Raises:

@@ -9,9 +9,11 @@ that went away.
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import sys
+import threading
 import traceback
 from typing import Annotated, Any
 
@@ -148,7 +150,8 @@ def describe(error: Exception) -> tuple[int, list[str]]:
             if missing in modules:
                 return 2, [f"{missing} is not installed; pip install 'edgestill[{extra}]'"]
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return 2, [f"{error.filename or 'the output'}: {DISK_ERRORS[error.errno]}"]
+        place = error.filename2 or error.filename or "the output"  # of a copy, the file that could not be written
+        return 2, [f"{place}: {DISK_ERRORS[error.errno]}"]
     words = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return 2, [f"memory is used up{f' ({words})' if words else ''}; free some, or ask for less"]
@@ -156,8 +159,17 @@ def describe(error: Exception) -> tuple[int, list[str]]:
     return EX_SOFTWARE, [f"unexpected {what}; this is a bug: set {DEBUG}=1 for the traceback"]
 
 
+def _interrupt_again(lost: Any) -> None:
+    """A Ctrl-C that landed in a finalizer is ignored by Python: raise it once more, where it counts."""
+    if isinstance(lost.exc_value, KeyboardInterrupt):
+        threading.Timer(0.1, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def main() -> None:
     """The console entry point."""
+    sys.unraisablehook = _interrupt_again
     sys.exit(run(sys.argv[1:]))
 
 

@@ -100,7 +100,8 @@ def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
     """Physical cores this process may run on: its affinity, hyper-threads counted once, and the container's quota."""
     allowed = _allowed_cpus()
     cores = {
-        (_read(cpus / f"cpu{i}/topology/physical_package_id"), _read(cpus / f"cpu{i}/topology/core_id") or f"cpu{i}") for i in allowed
+        (_read(cpus / f"cpu{i}/topology/physical_package_id"), _read(cpus / f"cpu{i}/topology/core_id") or f"cpu{i}")
+        for i in allowed
     }
     quota = _cpu_quota(cgroup)
     return max(1, min(len(cores), math.ceil(quota) if quota is not None else len(cores)))
@@ -216,7 +217,9 @@ def _cpu_quota(cgroup: Path) -> float | None:
 
 def _kib(text: str) -> float:
     """`32768K` or `32M` in KiB."""
-    return float(text[:-1]) * {"K": 1, "M": 1024, "G": 1024 * 1024}[text[-1]] if text[-1].isalpha() else float(text) / 1024
+    return (
+        float(text[:-1]) * {"K": 1, "M": 1024, "G": 1024 * 1024}[text[-1]] if text[-1].isalpha() else float(text) / 1024
+    )
 
 
 def _read(path: Path) -> str | None:

@@ -90,7 +90,9 @@ def measure_bundle(
         "energy_j_per_token": energy_estimate(found, work),
     }
     speed = estimates["decode_tokens_per_s"]
-    estimates["bandwidth_fraction"] = bandwidth_fraction(speed, graph_bytes(manifest), work.batch_size, manifest.profile)
+    estimates["bandwidth_fraction"] = bandwidth_fraction(
+        speed, graph_bytes(manifest), work.batch_size, manifest.profile
+    )
     samples = {
         "workload": dataclasses.asdict(work),
         "warm_up": found["warm_up"],
@@ -140,7 +142,9 @@ def bandwidth_fraction(speed: Estimate, graph_size: int, batch_size: int, profil
     if cache is None:  # boards whose kernel does not tell: what the profile states
         cache = profile.get("device", {}).get("last_level_cache_mib")
     if cache is None:
-        return Estimate.missing("the size of the last-level cache is unknown: state last_level_cache_mib in the profile")
+        return Estimate.missing(
+            "the size of the last-level cache is unknown: state last_level_cache_mib in the profile"
+        )
     if graph_size <= cache * MIB:
         return Estimate.missing(f"weights ({graph_size / MIB:.4g} MiB) fit in the last-level cache ({cache:.4g} MiB)")
     return speed.scaled(graph_size / batch_size / (memory_bandwidth_gb_per_s() * 1e9))

@@ -33,7 +33,9 @@ NO_TEACHER = "no teacher"
 class Scorer(Protocol):
     """What is scored: `forward_windows` of a `Model`."""
 
-    def forward_windows(self, token_ids: npt.NDArray[np.integer], path: ScorePath = "prefill") -> Iterator[tuple[int, F32]]:
+    def forward_windows(
+        self, token_ids: npt.NDArray[np.integer], path: ScorePath = "prefill"
+    ) -> Iterator[tuple[int, F32]]:
         """Yield (first position, logits float32 [B, t, V]) over windows `token_ids` [B, T], each from an empty cache."""
         ...
 
@@ -55,7 +57,12 @@ class Answers:
 
 
 def score_windows(
-    model: Scorer, reference: Reference, path: ScorePath, positions: I32, vocab_size: int, advance: Advance | None = None
+    model: Scorer,
+    reference: Reference,
+    path: ScorePath,
+    positions: I32,
+    vocab_size: int,
+    advance: Advance | None = None,
 ) -> Answers:
     """Run `model` over every window of `reference` through `path`.
 
@@ -83,7 +90,9 @@ def score_windows(
         for start, logits in model.forward_windows(tokens.astype(np.int64), path=path):
             for t in range(start, start + logits.shape[1]):
                 step = logits[:, t - start]
-                for r in np.flatnonzero((positions[:, 1] == t) & (positions[:, 0] >= first) & (positions[:, 0] < rows.stop)):
+                for r in np.flatnonzero(
+                    (positions[:, 1] == t) & (positions[:, 0] >= first) & (positions[:, 0] < rows.stop)
+                ):
                     parity[r] = step[positions[r, 0] - first]
                 if t < T - 1:
                     here = None if ids is None else ids[rows, t]
@@ -160,9 +169,7 @@ def quality_estimates(answers: Answers, reference: Reference) -> dict[str, Estim
             rows[name] = Estimate.missing(NO_TEACHER)
     else:
         rows["perplexity_ratio_to_teacher"] = perplexity_ratio(logp, fused.label_logp[keep].astype(np.float64), blocks)
-        kl = bucket_kl(
-            fused.logp[keep], fused.tail_logp[keep], answers.bucket_logp[keep], answers.tail_logp[keep]
-        )
+        kl = bucket_kl(fused.logp[keep], fused.tail_logp[keep], answers.bucket_logp[keep], answers.tail_logp[keep])
         rows["kl_nats_per_token"] = block_mean(kl, blocks)
         agree = (answers.top1[keep] == fused.ids[keep, 0]).astype(np.float64)
         rows["top1_agreement"] = block_mean(np.where(np.isfinite(logp), agree, np.nan), blocks)
@@ -178,7 +185,9 @@ def parity_estimate(rows: list[F32], expected: F32) -> Estimate:
         return Estimate.missing("the bundle stores no parity rows")
     worst = max(float(np.abs(got - expected).max()) for got in rows)
     if not np.isfinite(worst):
-        return Estimate.not_finite(int(sum((~np.isfinite(got)).any(axis=1).sum() for got in rows)), len(expected) * len(rows))
+        return Estimate.not_finite(
+            int(sum((~np.isfinite(got)).any(axis=1).sum() for got in rows)), len(expected) * len(rows)
+        )
     return Estimate(worst, None, len(expected) * len(rows), worst, worst)
 
 
@@ -237,7 +246,9 @@ def measure_quality(
     """Score both paths and compare: (estimates by metric name, the table beside the teachers, the paths' differences)."""
     positions, expected = parity
     if len(expected) and expected.shape[1] != vocab_size:
-        raise BundleError(f"parity rows have {expected.shape[1]} logits, the model has {vocab_size}; rebuild the bundle")
+        raise BundleError(
+            f"parity rows have {expected.shape[1]} logits, the model has {vocab_size}; rebuild the bundle"
+        )
     cached = score_windows(model, reference, "cached", positions, vocab_size, advance)
     prefill = score_windows(model, reference, "prefill", positions, vocab_size, advance)
     estimates = quality_estimates(cached, reference)

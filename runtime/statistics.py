@@ -66,7 +66,13 @@ class Estimate:
             return None if x is None else x * factor
 
         return Estimate(
-            times(self.value), times(self.standard_error), self.n, times(self.lower), times(self.upper), self.reason, self.broken
+            times(self.value),
+            times(self.standard_error),
+            self.n,
+            times(self.lower),
+            times(self.upper),
+            self.reason,
+            self.broken,
         )
 
 

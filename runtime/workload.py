@@ -34,8 +34,9 @@ WARM_UP_RUNS = 2
 MIN_RUNS = 5
 """The median of fewer runs has no 95 % bound."""
 BUDGET_S = 20.0
-CHEAP_FIRST_TOKEN_S = 0.1
-"""Below this, first tokens are sampled until a p95 is allowed even where whole generations are too slow for that."""
+FIRST_TOKENS = ((0.025, 300), (0.1, MIN_TAIL_SAMPLES))
+"""(seconds, samples): a first token cheaper than this is sampled so often, at most 10 s in all, even where whole generations are
+too slow for that. The upper bound of a p95 is the second largest of 100 samples, but the ninth largest of 300."""
 RSS_PERIOD_S = 0.02
 LOADS = 5
 LOAD_BUDGET_S = 10.0
@@ -132,30 +133,39 @@ def plan_runs(first_s: float, step_s: float, work: Workload) -> tuple[int, int]:
     if work.repeats is not None:
         return work.repeats, 0
     generation = first_s + (work.new_tokens - 1) * step_s
-    reserved = MIN_TAIL_SAMPLES * first_s if first_s < CHEAP_FIRST_TOKEN_S else 0.0
-    whole = int((BUDGET_S - reserved) / max(generation, 1e-9))
+    wanted = next((samples for cheaper_than, samples in FIRST_TOKENS if first_s < cheaper_than), 0)
+    whole = int((BUDGET_S - wanted * first_s) / max(generation, 1e-9))
     whole = min(max(whole, MIN_RUNS), MIN_TAIL_SAMPLES)
-    return whole, MIN_TAIL_SAMPLES - whole if reserved else 0
+    return whole, max(wanted - whole, 0)
 
 
 def prompts(bundle: Path, work: Workload, vocab_size: int, seed: int = 0) -> Iterator[I64]:
-    """Endless prompts int64 [B, prompt_tokens]: stretches of the held-out tokens, permuted; random tokens without a reference."""
+    """Endless prompts int64 [B, prompt_tokens], never the same twice in a row.
+
+    Stretches of the held-out tokens, permuted; random tokens without a reference.
+    """
     rng = np.random.default_rng(seed)
     held_out = bundle / FOLDER / HELD_OUT
     tokens: npt.NDArray[np.integer] | None = None
     if held_out.is_file():
         from safetensors import safe_open
 
-        with safe_open(held_out, framework="numpy") as handle:  # only the ids: the answers would count as the workload's memory
+        # only the ids: the answers would count as the workload's memory
+        with safe_open(held_out, framework="numpy") as handle:
             tokens = handle.get_tensor("token_ids").reshape(-1)
     shape = (work.batch_size, work.prompt_tokens)
+    before: I64 | None = None
     while True:
         if tokens is None:
-            yield rng.integers(0, vocab_size, shape, dtype=np.int64)
-            continue
-        starts = rng.integers(0, len(tokens), work.batch_size)
-        rows = tokens[(starts[:, None] + np.arange(work.prompt_tokens)) % len(tokens)]
-        yield rng.permuted(rows, axis=1).astype(np.int64)
+            prompt = rng.integers(0, vocab_size, shape, dtype=np.int64)
+        else:
+            starts = rng.integers(0, len(tokens), work.batch_size)
+            rows = tokens[(starts[:, None] + np.arange(work.prompt_tokens)) % len(tokens)]
+            prompt = rng.permuted(rows, axis=1).astype(np.int64)
+        if before is not None and np.array_equal(prompt, before):  # happens to prompts of one or two tokens
+            prompt[:, 0] = (prompt[:, 0] + 1) % vocab_size
+        before = prompt
+        yield prompt
 
 
 def generate_once(model: Model, prompt: I64, new_tokens: int, counter: EnergyCounter | None, idle_watts: float) -> Run:
@@ -201,7 +211,8 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
     first_only: list[float] = []
     for i in range(whole):
         runs.append(generate_once(model, next(source), work.new_tokens, meter, idle))
-        for _ in range(math.ceil(extra * (i + 1) / whole) - len(first_only)):  # spread out, so that both see the same heat
+        # spread over the generations, so that both see the same heat
+        for _ in range(math.ceil(extra * (i + 1) / whole) - len(first_only)):
             first_only.append(generate_once(model, next(source), 1, None, 0.0).first_ms)
         emit(i + 1, whole, "runs")
     peak = peak_resident_mib()
@@ -210,7 +221,9 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
     loads = [load_ms, *_loads_again(runtime.load, bundle, work.threads, load_ms)]
     return {
         "load_ms": loads,
-        "warm_up": [{"first_token_ms": run.first_ms, "inter_token_ms": float(np.median(run.inter_ms))} for run in warm_up],
+        "warm_up": [
+            {"first_token_ms": run.first_ms, "inter_token_ms": float(np.median(run.inter_ms))} for run in warm_up
+        ],
         "first_token_ms": [run.first_ms for run in runs] + first_only,
         "inter_token_ms": [run.inter_ms for run in runs],
         "energy_j": [run.joules for run in runs] if meter is not None else None,

@@ -87,7 +87,7 @@ def test_story_makes_a_normal_checkpoint_and_a_reference(place: Path, tmp_path: 
     assert fused is not None
     mass = np.exp(fused.logp).sum(1) + np.exp(fused.tail_logp)
     np.testing.assert_allclose(mass, 1.0, atol=1e-5)
-    assert made.training_log[-1]["step"] == 20
+    assert made.training_log[-1]["step"] == 24
     assert set(made.training_log[-1]["weights"]["verse"]) == {"verse", "prose"}
 
 

@@ -38,7 +38,8 @@ def test_environment_is_json_and_names_the_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "arch"), [("x86_64", "x86_64"), ("AMD64", "x86_64"), ("arm64", "aarch64"), ("aarch64", "aarch64"), ("riscv64", "riscv64")]
+    ("machine", "arch"),
+    [("x86_64", "x86_64"), ("AMD64", "x86_64"), ("arm64", "aarch64"), ("aarch64", "aarch64"), ("riscv64", "riscv64")],
 )
 def test_architecture_words(monkeypatch: pytest.MonkeyPatch, machine: str, arch: str) -> None:
     monkeypatch.setattr(device.platform, "machine", lambda: machine)
@@ -65,8 +66,16 @@ def test_last_level_cache_sums_the_shared_instances(tmp_path: Path) -> None:
     files: dict[str, str] = {}
     for i in range(4):
         pair = "0-1" if i < 2 else "2-3"
-        files |= {f"cpu{i}/cache/index0/level": "1", f"cpu{i}/cache/index0/size": "32K", f"cpu{i}/cache/index0/type": "Data"}
-        files |= {f"cpu{i}/cache/index3/level": "3", f"cpu{i}/cache/index3/size": "16M", f"cpu{i}/cache/index3/type": "Unified"}
+        files |= {
+            f"cpu{i}/cache/index0/level": "1",
+            f"cpu{i}/cache/index0/size": "32K",
+            f"cpu{i}/cache/index0/type": "Data",
+        }
+        files |= {
+            f"cpu{i}/cache/index3/level": "3",
+            f"cpu{i}/cache/index3/size": "16M",
+            f"cpu{i}/cache/index3/type": "Unified",
+        }
         files[f"cpu{i}/cache/index3/shared_cpu_list"] = pair
     assert device.last_level_cache_mib(plant(tmp_path / "cpu", files)) == 32
     assert device.last_level_cache_mib(tmp_path / "none") is None
@@ -75,11 +84,16 @@ def test_last_level_cache_sums_the_shared_instances(tmp_path: Path) -> None:
 def test_container_limits(tmp_path: Path) -> None:
     assert device.container_memory_mib(plant(tmp_path / "v2", {"memory.max": str(512 << 20)})) == 512
     assert device.container_memory_mib(plant(tmp_path / "v2max", {"memory.max": "max"})) is None
-    assert device.container_memory_mib(plant(tmp_path / "v1", {"memory/memory.limit_in_bytes": "9223372036854771712"})) is None
+    assert (
+        device.container_memory_mib(plant(tmp_path / "v1", {"memory/memory.limit_in_bytes": "9223372036854771712"}))
+        is None
+    )
 
 
 def test_board_name_clock_and_temperature(tmp_path: Path) -> None:
-    board = plant(tmp_path / "pi", {"cpuinfo": "processor\t: 0\nBogoMIPS\t: 108.00\n\nModel\t: Raspberry Pi 5 Model B Rev 1.0\n"})
+    board = plant(
+        tmp_path / "pi", {"cpuinfo": "processor\t: 0\nBogoMIPS\t: 108.00\n\nModel\t: Raspberry Pi 5 Model B Rev 1.0\n"}
+    )
     assert device.cpu_model(board) == "Raspberry Pi 5 Model B Rev 1.0"
     cpus = plant(tmp_path / "cpu", {"cpu0/cpufreq/scaling_cur_freq": "2400000\n"})
     assert device.cpu_mhz(board, cpus) == 2400.0 and device.cpu_mhz(board, tmp_path / "none") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -36,13 +37,15 @@ class Bigram:
         self, token_ids: npt.NDArray[np.integer], path: str = "prefill"
     ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
         cuts = range(token_ids.shape[1] + 1) if path == "cached" else (0, 4, token_ids.shape[1])
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in itertools.pairwise(cuts):
             yield start, self.table[token_ids[:, start:end]]
 
 
 def log_softmax(x: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     x = x.astype(np.float64)
-    return np.asarray(x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)))
+    return np.asarray(
+        x - x.max(-1, keepdims=True) - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+    )
 
 
 def make(seed: int = 0, k: int = K) -> tuple[Bigram, Bigram, Reference]:
@@ -103,7 +106,9 @@ def test_metrics_agree_with_their_definitions_on_scored_answers_only() -> None:
     prose = keep & (np.repeat(reference.domain, T - 1) == 1)
     assert got["perplexity/prose"].value == pytest.approx(math.exp(-label[prose].mean()), rel=1e-6)
     assert got["perplexity/prose"].n == prose.sum() and got["perplexity"].n == keep.sum()
-    assert got["perplexity_ratio_to_teacher"].value == pytest.approx(math.exp((fused.label_logp - label)[keep].mean()), rel=1e-6)
+    assert got["perplexity_ratio_to_teacher"].value == pytest.approx(
+        math.exp((fused.label_logp - label)[keep].mean()), rel=1e-6
+    )
     agree = (exact.argmax(1) == fused.ids[:, 0])[keep].mean()
     assert got["top1_agreement"].value == pytest.approx(agree)
     student = math.exp((reference.student_label_logp - label)[keep].mean())

@@ -28,7 +28,18 @@ MARGIN = 4 * math.sqrt(0.95 * 0.05 / SIMULATIONS)
 
 
 def test_student_t_agrees_with_published_tables() -> None:
-    published = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 10: 1.812, 20: 1.725, 30: 1.697, 120: 1.658}
+    published = {
+        1: 6.314,
+        2: 2.920,
+        3: 2.353,
+        4: 2.132,
+        5: 2.015,
+        6: 1.943,
+        10: 1.812,
+        20: 1.725,
+        30: 1.697,
+        120: 1.658,
+    }
     for df, value in published.items():
         assert abs(student_t95(df) - value) < 6e-4, df
     with pytest.raises(ValueError, match="0 degrees"):

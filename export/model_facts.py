@@ -112,8 +112,8 @@ def _max_tokens(text: Any) -> int:
 
 
 def _brief(error: Exception) -> str:
-    """The start of the message: transformers goes on to list every model it knows."""
-    return str(error).split("\n")[0][:120]
+    """The first sentence of the message: transformers goes on to list every model it knows."""
+    return str(error).split("\n")[0].split(". ")[0][:160]
 
 
 def _read_object(path: Path) -> dict[str, Any]:

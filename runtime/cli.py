@@ -9,9 +9,9 @@ that went away.
 
 from __future__ import annotations
 
-import _thread
 import errno
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -162,14 +162,16 @@ def describe(error: Exception) -> tuple[int, list[str]]:
 def _interrupt_again(lost: Any) -> None:
     """A Ctrl-C that landed in a finalizer is ignored by Python: raise it once more, where it counts."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
-        threading.Timer(0.1, _thread.interrupt_main).start()
+        main_thread = threading.main_thread().ident or 0
+        threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(lost)
 
 
 def main() -> None:
     """The console entry point."""
-    sys.unraisablehook = _interrupt_again
+    if hasattr(signal, "pthread_kill"):  # Windows has none
+        sys.unraisablehook = _interrupt_again
     sys.exit(run(sys.argv[1:]))
 
 

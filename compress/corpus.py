@@ -28,6 +28,7 @@ from edgestill.compress.sources import read_source, source_files, source_hash, s
 from edgestill.compress.tokenizer_check import load_tokenizer, real_vocabulary
 from edgestill.profiles.schema import DataSpec, SourceSpec, SplitSpec
 from edgestill.runtime.errors import BadInput
+from edgestill.runtime.files import write_atomically
 from edgestill.runtime.manifest import canonical_json
 from edgestill.runtime.progress import Progress
 
@@ -303,6 +304,4 @@ def _write(out: Path, parts: dict[str, Part], manifest: dict[str, Any]) -> None:
         manifest["parts"][name] = entries
     manifest = json.loads(canonical_json(manifest))
     manifest["sha256"] = hashlib.sha256(canonical_json(manifest)).hexdigest()
-    temporary = out / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(out / MANIFEST)
+    write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())

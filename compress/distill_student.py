@@ -17,11 +17,12 @@ from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fused_head import OutputLoss
 from edgestill.compress.reference import choose_windows, perplexity
 from edgestill.compress.setting import Setting
-from edgestill.compress.stages import Stage, write_atomically
+from edgestill.compress.stages import Stage
 from edgestill.compress.student import count_parameters, make_student
 from edgestill.compress.teacher_cache import open_cache
 from edgestill.compress.teachers import load_teacher
 from edgestill.compress.trainer import LOG, OrderedWindows, autocast_bfloat16, train
+from edgestill.runtime.files import write_atomically
 
 CODE = 1
 """Revision of what this stage computes; raise it when the same inputs would give another student."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from edgestill.runtime.errors import EdgestillError, OutputRefused
+from edgestill.runtime.files import write_atomically
 from edgestill.runtime.manifest import canonical_json
 from edgestill.runtime.progress import Progress
 
@@ -157,19 +158,6 @@ def _hashes(folder: Path) -> dict[str, str]:
             with path.open("rb") as handle:
                 found[path.relative_to(folder).as_posix()] = hashlib.file_digest(handle, "sha256").hexdigest()
     return found
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, fsync, rename."""
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with beside.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from edgestill.compress.cache_shards import holds, map_shard, shard_path, write_
 from edgestill.compress.corpus import Part
 from edgestill.compress.teachers import Teacher
 from edgestill.runtime.errors import BadInput
+from edgestill.runtime.files import write_atomically
 from edgestill.runtime.progress import Progress, Task
 
 MANIFEST = "cache.json"
@@ -137,9 +138,7 @@ def _finish(out: Path, head: dict[str, Any], n_shards: int) -> None:
         with path.open("rb") as handle:
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         shards.append({"file": path.name, "size": path.stat().st_size, "sha256": digest})
-    temporary = out / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({**head, "shards": shards}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out / MANIFEST)
+    write_atomically(out / MANIFEST, (json.dumps({**head, "shards": shards}, indent=1) + "\n").encode())
 
 
 class TeacherCache:

@@ -6,6 +6,7 @@ by chunk, so no [batch, time, vocabulary] tensor per teacher ever exists.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 PROBE_TOKENS = 8
+BITSANDBYTES_8BIT = "bitsandbytes.autograd._functions"
 
 
 def best_device() -> torch.device:
@@ -224,6 +226,7 @@ def load_teacher(facts: TeacherFacts, device: torch.device) -> Teacher:
     arguments: dict[str, Any] = {"dtype": torch.float32 if facts.precision == "float32" else torch.bfloat16}
     if facts.precision == "8bit":
         arguments = {"dtype": compute, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        logging.getLogger(BITSANDBYTES_8BIT).setLevel(logging.ERROR)  # it warns of its float16 cast in every product
     elif facts.precision == "4bit":
         arguments = {
             "dtype": compute,

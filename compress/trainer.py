@@ -87,34 +87,9 @@ def train(
     Returns:
         Facts: steps, tokens, seconds, tokens_per_s, precision.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens_per_step = spec.batch_size * spec.gradient_accumulation * data.part.token_ids.shape[1]
     steps = -(-spec.tokens // tokens_per_step)
-    bf16 = autocast_bfloat16(spec, device)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=spec.batch_size,
-        gradient_accumulation_steps=spec.gradient_accumulation,
-        learning_rate=spec.learning_rate,
-        lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[spec.schedule],
-        warmup_steps=round(spec.warmup_fraction * steps),
-        weight_decay=spec.weight_decay,
-        max_grad_norm=spec.max_grad_norm,
-        optim="adamw_bnb_8bit" if spec.optimizer == "adamw_8bit" else "adamw_torch_fused",
-        bf16=bf16,
-        use_cpu=device.type == "cpu",
-        seed=spec.seed,
-        save_strategy="steps",
-        save_steps=spec.checkpoint_every_steps,
-        logging_steps=LOG_EVERY,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        label_names=["labels"],
-    )
+    arguments = _arguments(spec, steps, folder)
     _forget_incomplete(folder)
     complete = _checkpoints(folder)
     log = JsonLog(folder / LOG, module, task, tokens_per_step, names)
@@ -131,9 +106,37 @@ def train(
         "tokens": steps * tokens_per_step,
         "seconds": round(seconds, 1),
         "tokens_per_s": round(ran * tokens_per_step / seconds, 1) if ran else None,
-        "precision": "bfloat16 autocast" if bf16 else "float32",
+        "precision": "bfloat16 autocast" if arguments.bf16 else "float32",
         "resumed_from_step": log.first_step,
     }
+
+
+def _arguments(spec: TrainSpec, steps: int, folder: Path) -> TrainingArguments:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[spec.schedule],
+        warmup_steps=round(spec.warmup_fraction * steps),
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        optim="adamw_bnb_8bit" if spec.optimizer == "adamw_8bit" else "adamw_torch_fused",
+        bf16=autocast_bfloat16(spec, device),
+        use_cpu=device.type == "cpu",
+        seed=spec.seed,
+        save_strategy="steps",
+        save_steps=spec.checkpoint_every_steps,
+        logging_steps=LOG_EVERY,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        label_names=["labels"],
+    )
 
 
 class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported untyped

@@ -20,6 +20,7 @@ from typing import Any
 
 from edgestill.runtime.bundle import open_bundle
 from edgestill.runtime.errors import BadInput, OutputRefused
+from edgestill.runtime.files import write_atomically
 from edgestill.runtime.manifest import LOCAL, MANIFEST, FileEntry, Manifest, manifest_to_json
 from edgestill.runtime.manifest_reader import name_problems, read_manifest
 
@@ -135,10 +136,7 @@ def _add_files(staged: Path, manifest: Manifest, contents: Mapping[str, Content]
         _sync(path)
         with path.open("rb") as handle:
             files[name] = FileEntry(hashlib.file_digest(handle, "sha256").hexdigest(), path.stat().st_size)
-    beside = staged / f"{MANIFEST}.tmp"
-    beside.write_text(manifest_to_json(dataclasses.replace(manifest, files=files)), encoding="utf-8")
-    _sync(beside)
-    beside.replace(staged / MANIFEST)
+    write_atomically(staged / MANIFEST, manifest_to_json(dataclasses.replace(manifest, files=files)).encode())
     for folder in {(staged / name).parent for name in contents} | {staged}:
         _sync(folder)
     open_bundle(staged, verify=False)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgestill.compress.stages import Stage, Workspace, write_atomically
+from edgestill.compress.stages import Stage, Workspace
 from edgestill.compress.torch_speed import measure_apart
 from edgestill.export.bundle_writer import finish_bundle, stage_bundle, tokenizer_files
 from edgestill.export.genai_config import genai_config
@@ -33,6 +33,7 @@ from edgestill.export.parity import ParityRow, check_parity, check_quantized_par
 from edgestill.export.quantize import dequantize_graph, graph_bytes, quantize_graph
 from edgestill.profiles.load import LoadedProfile
 from edgestill.runtime.bundle import read_manifest, verify_bundle
+from edgestill.runtime.files import write_atomically
 from edgestill.runtime.gate import Report, check_bundle
 from edgestill.runtime.manifest import Manifest, ModelFacts, Precision, canonical_json
 from edgestill.runtime.progress import Progress

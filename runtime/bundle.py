@@ -10,12 +10,12 @@ import hashlib
 import mmap
 import os
 import re
-import secrets
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from edgestill.runtime.errors import BundleError, OutputRefused
+from edgestill.runtime.files import write_atomically
 from edgestill.runtime.manifest import LOCAL, MANIFEST, Manifest
 from edgestill.runtime.manifest_reader import COPY_AGAIN, read_manifest, unsafe_name
 
@@ -124,8 +124,8 @@ def write_local(bundle: Bundle, name: str, data: bytes) -> Path:
     file = _local_path(bundle.folder, name)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        _replace(file, data)
-        _replace(_hash_file(file), hashlib.sha256(data).hexdigest().encode() + b"\n")
+        write_atomically(file, data)
+        write_atomically(_hash_file(file), hashlib.sha256(data).hexdigest().encode() + b"\n")
     except OSError as error:
         raise OutputRefused(
             f"{file}: can't be written ({error.strerror}); make {bundle.folder / LOCAL} writable"
@@ -155,18 +155,6 @@ def _local_path(folder: Path, name: str) -> Path:
 
 def _hash_file(file: Path) -> Path:
     return file.with_name(file.name + ".sha256")
-
-
-def _replace(file: Path, data: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _structure_problems(folder: Path, manifest: Manifest) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from edgestill.runtime.errors import BadInput
+from edgestill.runtime.files import write_atomically
 
 EXIT_CODES = {"pass": 0, "fail": 1, "incomplete": 3}
 """Verdict -> exit code."""
@@ -71,15 +71,7 @@ def writing(path: Path) -> Iterator[None]:
 def save_json(value: Mapping[str, Any], path: Path) -> None:
     """Write `value` to `path`: beside it first, then renamed, so that no reader meets half of it."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    beside = path.with_name(f".{path.name}.tmp")
     with writing(path):
         if not path.parent.is_dir():
             raise BadInput(f"{path}: its folder does not exist; make it or write elsewhere")
-        try:
-            with beside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_atomically(path, text.encode())

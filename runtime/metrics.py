@@ -26,11 +26,19 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "perplexity": Metric("", "lower", "recipe", "exp of the mean negative log-likelihood on the held-out tokens"),
-    "perplexity_ratio_to_teacher": Metric("", "lower", "recipe", "perplexity / that of the fused teachers at T = 1, paired"),
-    "kl_nats_per_token": Metric("nats", "lower", "recipe", "KL(fused || artifact) over the k + 1 stored buckets, a lower bound"),
-    "top1_agreement": Metric("", "higher", "recipe", "share of tokens on which artifact and fused teachers agree on the first"),
+    "perplexity_ratio_to_teacher": Metric(
+        "", "lower", "recipe", "perplexity / that of the fused teachers at T = 1, paired"
+    ),
+    "kl_nats_per_token": Metric(
+        "nats", "lower", "recipe", "KL(fused || artifact) over the k + 1 stored buckets, a lower bound"
+    ),
+    "top1_agreement": Metric(
+        "", "higher", "recipe", "share of tokens on which artifact and fused teachers agree on the first"
+    ),
     "quantization_perplexity_ratio": Metric("", "lower", "recipe", "perplexity / that of the float student, paired"),
-    "parity_max_abs_logit": Metric("", "lower", "fixed", "largest difference from the stored logit rows of the shipped weights"),
+    "parity_max_abs_logit": Metric(
+        "", "lower", "fixed", "largest difference from the stored logit rows of the shipped weights"
+    ),
     "first_token_ms_p50": Metric("ms", "lower", "profile", "median time from prompt to first token"),
     "first_token_ms_p95": Metric("ms", "lower", "profile", "95th percentile of the time from prompt to first token"),
     "inter_token_ms_p50": Metric("ms", "lower", "profile", "median time between tokens while decoding"),

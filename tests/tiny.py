@@ -25,7 +25,9 @@ SIZES: dict[str, dict[str, Any]] = {
 DEFAULT_MERGES = (("t", "h"), ("th", "e"), ("a", "n"), ("i", "n"), ("Ġ", "the"), ("e", "r"))
 
 
-def write_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = DEFAULT_MERGES, template: str | None = None) -> None:
+def write_tokenizer(
+    folder: Path, merges: Sequence[tuple[str, str]] = DEFAULT_MERGES, template: str | None = None
+) -> None:
     """A byte-level BPE tokenizer: `<|endoftext|>` (id 0), 256 bytes, one token per merge."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

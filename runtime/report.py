@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -181,29 +180,6 @@ def _newest_check(opened: Any) -> dict[str, Any] | None:
             found: dict[str, Any] = json.loads(data)
             return found
     return None
-
-
-def render_html(
-    report: Mapping[str, Any], manifest: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | None, out: Path
-) -> None:
-    """Write the page to the file `out`, beside and then renamed.
-
-    Args:
-        report: report.json (`Report.to_json()`).
-        manifest: manifest.json; missing parts are left out of the page.
-        training: rows of training.jsonl, or None.
-
-    Raises:
-        MissingPart: matplotlib is not installed.
-    """
-    text = page(report, manifest, training)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def page(report: Mapping[str, Any], manifest: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | None) -> str:

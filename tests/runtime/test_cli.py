@@ -330,6 +330,16 @@ def test_tracebacks_on_request() -> None:
             ["/root/f: permission denied; change its mode or owner, or use another place"],
         ),
         (
+            MemoryError("Unable to allocate 9 GiB"),
+            2,
+            ["memory is used up (Unable to allocate 9 GiB); free some, or ask for less"],
+        ),
+        (
+            OSError(errno.ENOSPC, "f", "from", None, "to"),
+            2,
+            ["to: no space is left on the device; free some or write elsewhere"],
+        ),
+        (
             OSError(errno.EDQUOT, "q", "f"),
             2,
             ["f: the disk quota is used up; free some space or write elsewhere"],

@@ -186,7 +186,9 @@ def test_refused_before_any_work(case: str, tmp_path: Path, edgestill: Command) 
     assert not build.out.exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the teachers run on a GPU here, whose 4-bit kernels take any width")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the teachers run on a GPU here, whose 4-bit kernels take any width"
+)
 def test_a_4_bit_teacher_that_a_cpu_would_get_wrong(tmp_path: Path, edgestill: Command) -> None:
     teachers = [{"name": "verse", "model": "verse", "precision": "4bit"}, {"name": "prose", "model": "prose"}]
     build = Case("", recipe={"teachers": teachers}).build_in(tmp_path)

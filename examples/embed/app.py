@@ -45,7 +45,12 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print()
-    print(statistics, file=sys.stderr)
+    if statistics is not None:
+        print(
+            f"{statistics.prompt_tokens} prompt + {statistics.new_tokens} new tokens ({statistics.finish_reason}); "
+            f"first after {statistics.first_token_ms:.1f} ms, then {statistics.decode_tokens_per_s:.0f} tokens/s",
+            file=sys.stderr,
+        )
     return 0
 
 

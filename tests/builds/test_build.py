@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,32 @@ def test_no_file_of_a_bundle_names_a_folder_of_the_build_machine(built: Path) ->
     here = str(built.parent).encode()
     for file in (built / "int4").rglob("*"):
         assert file.is_dir() or here not in file.read_bytes(), file
+
+
+def test_any_damage_to_any_file_is_refused_by_name(built: Path, tmp_path: Path) -> None:
+    files = sorted(p.relative_to(built / "int4") for p in (built / "int4").rglob("*") if p.is_file())
+    assert len(files) >= 10
+    copy = tmp_path / "copy"
+    for name in files:
+        for damage in ("corrupt", "truncate", "remove", "symlink"):
+            shutil.copytree(built / "int4", copy)
+            file = copy / name
+            content = file.read_bytes()
+            if damage == "corrupt":
+                file.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+            elif damage == "truncate":
+                file.write_bytes(content[: len(content) // 2])
+            else:
+                file.unlink()
+                if damage == "symlink":
+                    file.symlink_to(built / "int4" / name)
+            problems = verify_bundle(copy)
+            assert any(str(name) in problem for problem in problems), (name, damage, problems)
+            assert run(["verify", str(copy)]) == 1
+            shutil.rmtree(copy)
+    shutil.copytree(built / "int4", copy)
+    (copy / "added.txt").write_text("not declared")
+    assert any("added.txt" in problem for problem in verify_bundle(copy))
 
 
 def test_the_same_command_again_keeps_every_bundle(built: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,15 @@ def test_there_are_limits_on_quality_latency_and_memory() -> None:
     assert {"peak_rss_mib", "bundle_mib"} <= set(LIMITS)
 
 
+def test_every_limit_is_within_twice_of_what_a_build_measured() -> None:
+    """The report stored with the benchmarks is one build of the quickstart; a looser limit would prove nothing."""
+    stored = Path(__file__).parents[2] / "benchmarks" / "results" / "quickstart_report.json"
+    measured = {row["name"]: row["value"] for row in json.loads(stored.read_text())["checks"]}
+    for name, limit in LIMITS.items():
+        worse = limit / measured[name] if _lower(name) else measured[name] / limit
+        assert 1 < worse <= 2, (name, limit, measured[name])
+
+
 @pytest.mark.parametrize("name", sorted(LIMITS))
 def test_each_limit_alone_fails_the_check(bundle: Path, tmp_path: Path, name: str) -> None:
     report = json.loads((bundle / "report" / "report.json").read_text())

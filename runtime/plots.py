@@ -94,15 +94,16 @@ def perplexity_bars(report: Mapping[str, Any]) -> Any:
             axes.bar_label(bars, labels, fontsize=6.5, padding=1)
     finite = [v for row in rows for v in row["values"] if v is not None]
     if max(finite) > 8 * min(finite):
-        from matplotlib.ticker import NullFormatter, StrMethodFormatter
+        from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
         # the default log labels are mathematical text, which is off: names come from strangers' bundles
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(range(len(columns)), columns)
     axes.grid(axis="x", visible=False)
-    axes.set_ylabel("perplexity")
+    axes.set_ylabel("perplexity" if axes.get_yscale() == "linear" else "perplexity, logarithmic")
     axes.legend(ncols=min(len(rows), 5), fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
@@ -119,13 +120,13 @@ def loss_curves(training: Sequence[Mapping[str, Any]]) -> Any:
         figure, (axes, right) = _figure(WIDE, columns=2)
         _, x, y = validation[0]
         right.plot(x, y, color=INK, marker="o", markersize=3)
-        right.set_xlabel("tokens")
+        _count_axis(right)
         right.set_title("validation perplexity", fontsize=9)
     for i, (name, x, y) in enumerate(series):
         axes.plot(
             x, y, label=name.replace("_", " "), color=COLOURS[i % len(COLOURS)], lw=1.9 if name == "loss" else 1.2
         )
-    axes.set_xlabel("tokens")
+    _count_axis(axes)
     axes.set_title("loss, nats per token", fontsize=9)
     axes.legend(fontsize=8)
     return figure
@@ -151,7 +152,7 @@ def teacher_weights(training: Sequence[Mapping[str, Any]]) -> Any:
             )
         axes.set_title(clean(domain), fontsize=9)
         axes.set_ylim(0, 1)
-        axes.set_xlabel("tokens")
+        _count_axis(axes)
     figure.axes[0].set_ylabel("weight")
     figure.axes[0].legend(fontsize=8)
     return figure
@@ -166,7 +167,7 @@ def latency_histograms(samples: Mapping[str, Any]) -> Any:
     figure, panels = _figure(WIDE, columns=2)
     for axes, values, title in ((panels[0], first, "first token"), (panels[1], inter, "between tokens")):
         values = sorted(values)
-        cut = values[min(len(values) - 1, math.ceil(0.995 * len(values)))]  # one stall must not squash the histogram
+        cut = 2 * values[math.ceil(0.95 * len(values)) - 1]  # a few stalls must not squash the histogram
         shown = [v for v in values if v <= cut]
         axes.hist(shown, bins=min(40, max(8, len(shown) // 8)), color=COLOURS[0], edgecolor="white", linewidth=0.4)
         axes.axvline(values[len(values) // 2], color=COLOURS[1], ls="--", lw=1.2)
@@ -186,10 +187,10 @@ def memory_over_time(timeline: Mapping[str, Any]) -> Any:
     x, y = [p[0] for p in points], [p[1] for p in points]
     axes.fill_between(x, y, color=COLOURS[0], alpha=0.18, linewidth=0)
     axes.plot(x, y, color=COLOURS[0])
-    top = max(y) * 1.18
+    top = max(y) * 1.35
     for i, (at, name) in enumerate(timeline.get("phases") or []):
         axes.axvline(at, color=INK, ls=":", lw=0.9)
-        axes.text(at, top * (0.98 - 0.09 * (i % 2)), f" {clean(name)}", fontsize=7.5, va="top")
+        axes.text(at, top * (0.98 - 0.1 * (i % 2)), f" {clean(name)}", fontsize=7.5, va="top", backgroundcolor="white")
     axes.set_ylim(0, top)
     axes.set_xlim(0, max(x))
     axes.set_xlabel("s")
@@ -209,6 +210,15 @@ def _figure(size: tuple[float, float], columns: int = 1, sharey: bool = False) -
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(1, columns, sharey=sharey)
+
+
+def _count_axis(axes: Any) -> None:
+    """Tokens along x: few ticks with short labels (`500 k`, `1.5 M`), so that panels side by side do not run together."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter())
 
 
 def _series(training: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Series:

@@ -58,7 +58,10 @@ def limit_text(row: Mapping[str, Any]) -> str:
     """`≤ 1.05`, `≥ 20` or nothing."""
     if row["limit"] is None:
         return ""
-    return f"{'≤' if row['direction'] == 'lower' else '≥'} {number(row['limit'])}"
+    text = number(row["limit"])
+    if "." in text and "e" not in text:
+        text = text.rstrip("0").rstrip(".")  # a limit is as exact as it was written: no digits are added
+    return f"{'≤' if row['direction'] == 'lower' else '≥'} {text}"
 
 
 def result_text(row: Mapping[str, Any]) -> str:

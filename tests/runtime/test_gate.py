@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import io
 import json
+import os
 import platform
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +21,9 @@ from bundles import PROFILE, checkpoint, make_bundle
 
 from edgestill.runtime.bundle import read_manifest
 from edgestill.runtime.errors import BadInput, BundleError
-from edgestill.runtime.gate import Report, check_bundle, judge
+from edgestill.runtime.gate import Report, check_bundle, judge, wrong_machine
 from edgestill.runtime.manifest import manifest_to_json
+from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import FusedAnswers, Reference, save_parity, save_reference
 from edgestill.runtime.statistics import Estimate
 
@@ -55,6 +62,24 @@ def test_a_value_that_is_missing_never_passes_and_a_failure_outweighs_it() -> No
 def test_names_that_are_no_metric_are_refused() -> None:
     with pytest.raises(BadInput, match="perplexitty: no such metric"):
         judge({}, {"perplexitty": 1})
+    with pytest.raises(BadInput, match="perplexity/: no such metric"):
+        judge({"perplexity/": estimate(10, 9, 11)}, {})
+
+
+def test_a_value_without_a_bound_is_not_tested_and_one_that_is_not_finite_fails() -> None:
+    unbounded = Estimate(10.0, None, 3, reason="3 samples are too few")
+    verdict, (row,) = judge({"load_ms": unbounded}, {"load_ms": 1e9})
+    assert (verdict, row.passed, row.value, row.reason) == ("incomplete", None, 10.0, "3 samples are too few")
+    verdict, (row,) = judge({"perplexity": Estimate.not_finite(1, 5)}, {"perplexity": 1e9})
+    assert (verdict, row.passed, row.value) == ("fail", False, None)
+
+
+def test_a_report_of_another_version_is_refused() -> None:
+    good = Report("pass", judge({"load_ms": estimate(2, 1, 3)}, {})[1], {}, {}).to_json()
+    assert Report.from_json(good).to_json() == good
+    for wrong in ({**good, "surprise": 1}, {k: v for k, v in good.items() if k != "checks"}):
+        with pytest.raises(BadInput, match="edgestill check"):
+            Report.from_json(wrong)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +189,56 @@ def test_another_architecture_leaves_resources_unmeasured(tmp_path: Path, answer
     found = rows(report)
     assert report.verdict == "incomplete"
     assert f"built for {other}" in str(found["peak_rss_mib"].reason)
+    assert "run `edgestill check` on the target" in str(found["peak_rss_mib"].reason)
+    assert found["bundle_mib"].value is not None
     assert found["perplexity"].value is not None
+
+
+@pytest.mark.parametrize(("here", "target"), [("x86_64", "aarch64"), ("aarch64", "x86_64")])
+def test_the_other_machine_is_named_whichever_it_is(here: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: here)
+    assert wrong_machine({"arch": here, "engine": "onnxruntime-cpu"}) is None
+    assert wrong_machine({"arch": target, "engine": "onnxruntime-cpu"}) == (
+        f"built for {target}, this machine is {here}: run `edgestill check` on the target"
+    )
+    assert "engine tensorrt" in str(wrong_machine({"arch": here, "engine": "tensorrt"}))
+
+
+def test_a_workload_longer_than_the_model_is_a_reason_not_a_crash(tmp_path: Path, answers: dict[str, Any]) -> None:
+    profile = {**PROFILE, "workload": {"prompt_tokens": 120, "new_tokens": 9, "batch_size": 1}}
+    report = check_bundle(bundle_with(tmp_path, answers, profile=profile, limits={"load_ms": 1e9}), keep=False)
+    found = rows(report)["load_ms"]
+    assert (report.verdict, found.value) == ("incomplete", None)
+    assert "129 exceed the model's 128" in str(found.reason)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """This thread without the capability by which root ignores the modes of folders (capget(2): header, then 2 x 3 words)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc, words = ctypes.CDLL(None, use_errno=True), ctypes.c_uint32 * 6
+    header, had = (ctypes.c_uint32 * 2)(0x20080522, 0), words()
+    assert libc.capget(header, had) == 0
+    assert libc.capset(header, words(had[0] & ~0b10, *had[1:])) == 0  # effective, without CAP_DAC_OVERRIDE
+    try:
+        yield
+    finally:
+        assert libc.capset(header, had) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_read_only_bundle_is_checked_but_its_report_is_not_kept(tmp_path: Path, answers: dict[str, Any]) -> None:
+    said = io.StringIO()
+    bundle = bundle_with(tmp_path, answers, limits={"perplexity": 1e6})
+    bundle.chmod(0o555)
+    with unprivileged():
+        report = check_bundle(bundle, Progress(said))
+    bundle.chmod(0o755)
+    assert report.verdict == "pass"
+    assert "report not kept" in said.getvalue()
+    assert not (bundle / "local").exists()
 
 
 def test_a_damaged_bundle_is_not_measured(tmp_path: Path, answers: dict[str, Any]) -> None:

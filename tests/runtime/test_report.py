@@ -16,7 +16,7 @@ from rich.console import Console
 
 from edgestill.runtime.beside import rows_beside
 from edgestill.runtime.cli import run
-from edgestill.runtime.report import page, print_table
+from edgestill.runtime.report import limit_text, page, print_table, with_error
 
 HOSTILE = "<script>alert(1)</script>$\\frac{1}{2}$"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -131,6 +131,34 @@ def test_the_table_fits_eighty_columns_and_ends_with_the_verdict() -> None:
     assert lines[-1].startswith("VERDICT: fail")
     assert any(line.startswith("perplexity/verse") and "FAIL" in line for line in lines)
     assert any("energy_j_per_token: no such counter" in line for line in lines)
+
+
+def test_hostile_names_and_sizes_do_not_widen_the_table() -> None:
+    hostile = report()
+    names = ["perplexity/" + "[bold]" * 20, "perplexity/" + HOSTILE, "perplexity/" + "\u00e9" * 200]
+    hostile["checks"] += [
+        check(name, 10.0**power, 1e-300, False) for name, power in zip(names, (300, 9, -300), strict=True)
+    ]
+    hostile["quality"]["rows"][0] |= {"name": "w" * 300, "values": [1e300, None]}
+    out = io.StringIO()
+    print_table(hostile, Console(file=out, width=80, highlight=False))
+    assert max(len(line) for line in out.getvalue().splitlines()) <= 80
+    assert "VERDICT: fail" in out.getvalue()
+    assert "[bold]" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("limit", "text"), [(50.0, "≤ 50"), (1.05, "≤ 1.05"), (0.146, "≤ 0.146"), (1550.0, "≤ 1550"), (1e-9, "≤ 1e-09")]
+)
+def test_a_limit_is_shown_as_it_was_written(limit: float, text: str) -> None:
+    assert limit_text({"limit": limit, "direction": "lower"}) == text
+    assert limit_text({"limit": limit, "direction": "higher"}) == text.replace("≤", "≥")
+
+
+def test_a_value_has_as_many_decimals_as_its_error() -> None:
+    assert with_error(1.0231456, 0.0042) == "1.0231 ± 0.0042"
+    assert with_error(None, None) == "–"
+    assert with_error(74.0, None) == "74.00"
 
 
 def test_the_artifact_stands_last_beside_its_teachers() -> None:

@@ -1,0 +1,68 @@
+"""The arithmetic around a workload: on which prompts it runs, and what its samples say, on numbers done by hand."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgestill.runtime.measure import bandwidth_fraction, energy_estimate, latency_estimates
+from edgestill.runtime.reference import Reference, save_reference
+from edgestill.runtime.statistics import Estimate
+from edgestill.runtime.workload import Workload, prompts
+
+WORK = Workload(prompt_tokens=8, new_tokens=5, batch_size=2, threads=1)
+
+
+def test_prompts_are_held_out_tokens_in_another_order(tmp_path: Path) -> None:
+    ids = np.array([[3, 4, 5, 6]] * 2, np.int32)
+    zeros = np.zeros(6, np.float32)
+    blocks = np.arange(2, dtype=np.int32)
+    save_reference(
+        Reference(ids, np.ones(6, np.uint8), blocks.astype(np.int16), blocks, zeros, ("x", "y")), tmp_path / "reference"
+    )
+    got = list(islice(prompts(tmp_path, Workload(8, 2, 1, 1), vocab_size=9), 20))
+    assert all(sorted(prompt[0].tolist()) == [3, 3, 4, 4, 5, 5, 6, 6] for prompt in got)
+    assert len({tuple(prompt[0].tolist()) for prompt in got}) > 15
+
+
+def test_prompts_without_a_reference_stay_inside_the_vocabulary(tmp_path: Path) -> None:
+    got = np.concatenate(list(islice(prompts(tmp_path, WORK, vocab_size=9), 20)))
+    assert (got.min(), got.max()) == (0, 8)
+
+
+def test_rates_count_every_row_of_the_batch() -> None:
+    # 5 runs: 16 prompt tokens in 10 ms; then 2 rows x 4 tokens in 4 x 2 ms
+    found = latency_estimates({"first_token_ms": [10.0] * 5, "inter_token_ms": [[2.0] * 4] * 5}, WORK)
+    assert found["prefill_tokens_per_s"].value == pytest.approx(1600)
+    assert found["decode_tokens_per_s"].value == pytest.approx(1000)
+    assert found["decode_tokens_per_s"].lower == pytest.approx(1000)
+    assert (found["first_token_ms_p50"].value, found["inter_token_ms_p50"].n) == (10, 20)
+    assert found["first_token_ms_p95"].value is None
+    assert found["first_token_ms_p95"].reason == "n = 5 < 100 samples"
+
+
+def test_energy_is_per_token_of_the_decode_window_or_says_why_not() -> None:
+    found: dict[str, Any] = {"energy_j": [0.8, 1.6, 2.4, 3.2, 4.0], "energy_reason": None}
+    assert energy_estimate(found, WORK).value == pytest.approx(2.4 / 8)
+    absent = energy_estimate({"energy_j": None, "energy_reason": "no counter"}, WORK)
+    assert (absent.value, absent.reason) == (None, "unavailable: no counter")
+
+
+def test_bandwidth_fraction_is_null_when_the_weights_fit_in_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgestill.runtime.measure as measure
+
+    monkeypatch.setattr(measure, "last_level_cache_mib", lambda: 32.0)
+    monkeypatch.setattr(measure, "memory_bandwidth_gb_per_s", lambda: 10.0)
+    speed = Estimate(100.0, None, 9, 90.0, 110.0)
+    assert "fit in the last-level cache" in str(bandwidth_fraction(speed, 32 << 20, 1, {}).reason)
+    # 50 MB x 100 steps/s = 5 GB/s of 10; two rows a step halve the steps
+    assert bandwidth_fraction(speed, 50_000_000, 1, {}).value == pytest.approx(0.5)
+    assert bandwidth_fraction(speed, 50_000_000, 2, {}).lower == pytest.approx(0.225)
+    monkeypatch.setattr(measure, "last_level_cache_mib", lambda: None)
+    assert "unknown" in str(bandwidth_fraction(speed, 50_000_000, 1, {}).reason)
+    stated = {"device": {"last_level_cache_mib": 2}}
+    assert bandwidth_fraction(speed, 50_000_000, 1, stated).value == pytest.approx(0.5)

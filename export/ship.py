@@ -6,7 +6,7 @@
    10. bundle      staged, checked in a process of its own, given its report, renamed into place
 
 A bundle is written whatever the gate says; only when parity with torch fails is there a report and no bundle. A bundle whose
-inputs are unchanged is kept: its verdict is read from its report.
+inputs are unchanged is kept, its verdict read from its report, unless it failed.
 """
 
 from __future__ import annotations
@@ -334,13 +334,13 @@ def _report_files(
 
 
 def _kept_verdict(final: Path, key: str) -> str | None:
-    """The verdict of an intact bundle made from the same inputs, or None."""
+    """The verdict of an intact bundle from the same inputs, or None. A failure is judged again: the machine may be idle now."""
     if not final.is_dir() or verify_bundle(final):
         return None
     if read_manifest(final).provenance.get("key") != key:
         return None
     verdict: str = json.loads((final / "report" / "report.json").read_text(encoding="utf-8"))["verdict"]
-    return verdict
+    return None if verdict == "fail" else verdict
 
 
 def _version(package: str) -> str | None:

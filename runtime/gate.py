@@ -30,8 +30,6 @@ from edgestill.runtime.progress import Progress
 from edgestill.runtime.statistics import Estimate
 
 Verdict = Literal["pass", "fail", "incomplete"]
-EXIT_CODES: dict[str, int] = {"pass": 0, "fail": 1, "incomplete": 3}
-"""Exit status of a command that ends with this verdict."""
 QUALITY = tuple(name for name, m in METRICS.items() if m.source != "profile")
 NOT_MEASURED = "not measured"
 

@@ -124,6 +124,20 @@ def test_the_same_command_again_keeps_every_bundle(built: Path, capsys: pytest.C
     assert {p: (built / p / "manifest.json").read_bytes() for p in before} == before
 
 
+def test_a_failed_bundle_is_judged_again_and_nothing_else_is_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, limits={"perplexity": 1.001})
+    command = ["build", str(recipe), "--profile", str(write_profile(tmp_path)), "--out", str(tmp_path / "out")]
+    assert run(command) == 1
+    assert verify_bundle(tmp_path / "out" / "device") == []
+    capsys.readouterr()
+    assert run(command) == 1
+    said = capsys.readouterr().err
+    assert "== bundle: device" in said
+    assert said.count("done before, unchanged") == 7
+
+
 def test_a_bundle_for_another_machine_is_incomplete(tmp_path: Path) -> None:
     other = "x86_64" if platform.machine() in ("aarch64", "arm64") else "aarch64"
     recipe = write_recipe(tmp_path, limits={"perplexity": 1e6})

@@ -230,7 +230,7 @@ def test_every_mistake_of_a_profile_in_plain_words(text: str, expected: list[str
             ("train:", "losses: {features: {layers: some}}\ntrain:"),
             [
                 "5: losses.features.layers: 'some' does not fit; "
-                "write 'uniform', 'last' or 'first_last' or a list ([a, b] or lines that start with -)"
+                "write 'origin', 'uniform', 'last', 'first_last', 'every' or 'cka' or a list ([a, b] or lines that start with -)"
             ],
         ),
         (

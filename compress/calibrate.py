@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from edgestill.compress.corpus import Part
-from edgestill.compress.fused_head import DEFAULT_CHUNK_BYTES
+from edgestill.compress.fused_head import CPU_CHUNK_BYTES
 from edgestill.compress.teachers import Teacher
 from edgestill.runtime.progress import Task
 
@@ -47,7 +47,7 @@ def calibrate(
     """Fit one temperature on these windows (int64 [w]); `task` is advanced by one per window."""
     grid = torch.tensor(GRID, device=teacher.head_weight.device)
     sums, count = torch.zeros(len(GRID) + 1, dtype=torch.float64), 0
-    step = max(1, DEFAULT_CHUNK_BYTES // (8 * teacher.head_weight.shape[0]))
+    step = max(1, CPU_CHUNK_BYTES // (8 * teacher.head_weight.shape[0]))
     for start in range(0, len(windows), batch_size):
         ids = torch.from_numpy(validation.token_ids[windows[start : start + batch_size]].astype(np.int64))
         ids = ids.to(teacher.head_weight.device)

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 MANIFEST = "corpus.json"
-LAYOUT = 1
+LAYOUT = 2
 PARTS = ("training", "validation", "held_out")
 ARRAYS = ("token_ids", "loss_mask", "domain", "block", "source")
 
@@ -56,7 +56,8 @@ class SourceFacts(TypedDict):
     name: str
     part: str
     """training (the ends of which may be validation and held-out), validation or held_out."""
-    domain: str
+    domains: dict[str, int]
+    """Tokens of each domain in it."""
     weight: float
     """Share of the training tokens, not normalised."""
     sha256: str
@@ -107,7 +108,7 @@ def build_corpus(
     own = [(name, spec) for name in PARTS[1:] if isinstance(spec := getattr(data, name), list)]
     shares = {name: spec.fraction for name in PARTS[1:] if isinstance(spec := getattr(data, name), SplitSpec)}
     wanted = [("training", s) for s in data.sources] + [(name, s) for name, specs in own for s in specs]
-    domains = tuple(dict.fromkeys(source.domain for _, source in wanted))
+    domains: dict[str, int] = {}
     streams: dict[str, list[tuple[Stream, int, int]]] = {name: [] for name in PARTS}
     facts: list[SourceFacts] = []
     scratch = out / ".reading"
@@ -116,22 +117,24 @@ def build_corpus(
             for number, (part, source) in enumerate(wanted):
                 items = read_source(source, resolve, scratch)
                 taken = shares if part == "training" else {}
-                encoded = encode_source(items, taken, tokenizer, dtype, source_name(source))
+                encoded = encode_source(items, taken, tokenizer, dtype, name=source_name(source), domain=source.domain)
                 facts.append(_facts(part, source, encoded))
-                for name, stream in encoded.streams.items():
-                    if part == name == "training" and len(stream.ends) >= WHOLE_DOCUMENTS:
-                        stream = stream.shuffled(np.random.default_rng([seed, number]))
-                    to = name if part == "training" else part
-                    streams[to].append((stream, number, domains.index(source.domain)))
-                task.advance(1, note=f"{encoded.tokens} tokens")
+                rng = np.random.default_rng([seed, number])
+                for domain, pieces in encoded.streams.items():
+                    place = domains.setdefault(domain, len(domains))
+                    for name, stream in pieces.items():
+                        if part == name == "training" and len(stream.ends) >= WHOLE_DOCUMENTS:
+                            stream = stream.shuffled(rng)
+                        streams[name if part == "training" else part].append((stream, number, place))
+                task.advance(1, note=f"{facts[-1]['tokens']} tokens")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    parts = {name: _pack(name, streams[name], facts, data.sequence_length) for name in PARTS}
+    parts = {name: _pack(name, streams[name], facts, list(domains), data.sequence_length) for name in PARTS}
     overlap = check_disjoint(parts["training"], parts["validation"], parts["held_out"], tokenizer.decode)
     dropped = sum(s["tokens"] for s in facts) - sum(part.token_ids.size for part in parts.values())
     sizes = ", ".join(f"{name.replace('_', '-')} {part.token_ids.size}" for name, part in parts.items())
     progress.say(f"tokens: {sizes}; {dropped} at the ends of sources fill no window of {data.sequence_length}")
-    head = {"layout": LAYOUT, "sequence_length": data.sequence_length, "domains": domains, "dropped_tokens": dropped}
+    head = {"layout": LAYOUT, "sequence_length": data.sequence_length, "domains": [*domains], "dropped_tokens": dropped}
     _write(out, parts, {**head, "sources": facts, "overlap": asdict(overlap), "seed": seed})
 
 
@@ -149,12 +152,12 @@ def held_out_part(text: Path, tokenizer_folder: Path, sequence_length: int, scra
     dtype = np.uint16 if real_vocabulary(tokenizer) <= 1 << 16 else np.uint32
     source = SourceSpec(path=str(text))
     try:
-        encoded = encode_source(read_source(source, Path, scratch), {}, tokenizer, dtype, str(text))
+        items = read_source(source, Path, scratch)
+        encoded = encode_source(items, {}, tokenizer, dtype, name=str(text), domain=source.domain)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return _pack(
-        "held_out", [(encoded.streams["training"], 0, 0)], [_facts("held_out", source, encoded)], sequence_length
-    )
+    streams = [(encoded.streams[source.domain]["training"], 0, 0)]
+    return _pack("held_out", streams, [_facts("held_out", source, encoded)], [source.domain], sequence_length)
 
 
 def open_corpus(folder: Path) -> Corpus:
@@ -251,21 +254,24 @@ def _facts(part: str, source: SourceSpec, encoded: EncodedSource) -> SourceFacts
     return SourceFacts(
         name=source_name(source),
         part=part,
-        domain=source.domain,
+        domains=encoded.domain_tokens,
         weight=source.weight,
         sha256=encoded.sha256,
         documents=encoded.documents,
-        tokens=encoded.tokens,
+        tokens=sum(encoded.domain_tokens.values()),
     )
 
 
-def _pack(name: str, streams: list[tuple[Stream, int, int]], facts: list[SourceFacts], length: int) -> Part:
+def _pack(
+    name: str, streams: list[tuple[Stream, int, int]], facts: list[SourceFacts], domains: list[str], length: int
+) -> Part:
     if name == "training":
-        for stream, number, _ in streams:
+        for stream, number, domain in streams:
             if len(stream.token_ids) < length:
+                of = f" of domain {domains[domain]!r}" if len(facts[number]["domains"]) > 1 else ""
                 raise BadInput(
-                    f"data source {facts[number]['name']!r} leaves {len(stream.token_ids)} tokens for training, fewer than "
-                    f"data.sequence_length {length}; add text, shorten the windows or remove the source"
+                    f"data source {facts[number]['name']!r} leaves {len(stream.token_ids)} tokens{of} for training, fewer than "
+                    f"data.sequence_length {length}; add text, shorten the windows or remove the {'domain' if of else 'source'}"
                 )
     part = pack(streams, length)
     if part.n_windows == 0:

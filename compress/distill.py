@@ -4,8 +4,10 @@
     2. corpus      read, tokenised once, packed, split into three disjoint parts
     3. calibrate   one temperature per teacher on validation text (entropy weights only)
     4. cache       the teachers' answers, when tokens repeat or the teachers do not fit in memory together
-    5. train       the student learns the fused target; resumes from its newest complete checkpoint
-    6. reference   the answers on the held-out tokens that travel with the bundle
+    5. student     made: from a configuration, or cut from a teacher
+    6. align       layer pairs and projections, when the student is held to features
+    7. train       the student learns the fused target; resumes from its newest complete checkpoint
+    8. reference   the answers on the held-out tokens that travel with the bundle
 
 Every stage is kept under its key (stages.py) and not run again while nothing it depends on has changed.
 """
@@ -21,17 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from edgestill.compress.corpus import Corpus, build_corpus, open_corpus, source_hashes
-from edgestill.compress.distill_student import student_of
-from edgestill.compress.distill_teachers import caches_of, calibrations_of
+from edgestill.compress.distill_student import STATE, student_of
+from edgestill.compress.distill_teachers import caches_of, calibrations_of, compared_at
 from edgestill.compress.inputs import Inputs, check_inputs
+from edgestill.compress.low_rank import load_student
 from edgestill.compress.reference import choose_windows, make_reference
+from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.compress.setting import Setting
 from edgestill.compress.stages import Stage, Workspace, explained_write_errors
 from edgestill.compress.teachers import TeacherFacts, best_device, load_teacher
-from edgestill.compress.trainer import LOG, read_log
+from edgestill.compress.training_log import LOG, read_log
 from edgestill.profiles.load import LoadedRecipe, load_recipe
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import save_reference
@@ -72,7 +76,7 @@ def distill(recipe: str, out: Path, progress: Progress) -> None:
 def run(loaded: LoadedRecipe, given: Inputs, space: Workspace) -> Distilled:
     """All stages after the first, in a folder that this process holds."""
     recipe, teachers = loaded.recipe, given.teachers
-    stage, corpus = _corpus(loaded, space, teachers[0])
+    stage, corpus = corpus_of(loaded, space, teachers[0])
     at = Setting(loaded, space, teachers, given.vocabulary, corpus, stage.key, best_device())
     calibrations = calibrations_of(at)
     caches = caches_of(at, calibrations)
@@ -96,7 +100,8 @@ def run(loaded: LoadedRecipe, given: Inputs, space: Workspace) -> Distilled:
     )
 
 
-def _corpus(loaded: LoadedRecipe, space: Workspace, teacher: TeacherFacts) -> tuple[Stage, Corpus]:
+def corpus_of(loaded: LoadedRecipe, space: Workspace, teacher: TeacherFacts) -> tuple[Stage, Corpus]:
+    """Stage 2: the text of the recipe in the tokens of `teacher`."""
     data, seed = loaded.recipe.data, loaded.recipe.train.seed
     inputs = {
         "data": data.model_dump(mode="json"),
@@ -118,8 +123,7 @@ def _reference(at: Setting, trained: Stage, calibrations: Sequence[float]) -> St
     recipe = at.recipe
 
     def answer(folder: Path) -> dict[str, Any]:
-        student = AutoModelForCausalLM.from_pretrained(trained.folder / "student", dtype=torch.float32)
-        student = student.to(at.device).eval()
+        student = load_student(trained.folder / "student", torch.float32).to(at.device).eval()
         teachers = [partial(load_teacher, t, at.device) for t in at.teachers]
         windows = choose_windows(at.corpus.held_out, recipe.reference.tokens)
         with at.progress.task("held-out answers", len(windows) * (1 + len(teachers)), "windows") as task:
@@ -128,8 +132,8 @@ def _reference(at: Setting, trained: Stage, calibrations: Sequence[float]) -> St
                 at.domains,
                 recipe.reference,
                 teachers,
-                calibrations,
-                at.rule,
+                compared_at(recipe, calibrations),
+                at.rule_with(_trained_policy(at, trained)),
                 student,
                 batch_size=recipe.train.batch_size,
                 task=task,
@@ -139,14 +143,26 @@ def _reference(at: Setting, trained: Stage, calibrations: Sequence[float]) -> St
         return {"windows": len(windows), "of": available, "tokens": int(made.token_ids.size)}
 
     inputs = {
-        "student": trained.key,
+        "student": trained.key,  # and with it the policy that was trained along
         "teachers": at.teacher_hashes(),
         **at.fusion_words(),
-        "calibration": list(calibrations),
+        "calibration": compared_at(recipe, calibrations),
         "reference": recipe.reference.model_dump(mode="json"),
         "code": CODE["reference"],
     }
     return at.space.stage("reference", "reference: the teachers' answers on held-out text", inputs, answer)
+
+
+def _trained_policy(at: Setting, trained: Stage) -> SelectionPolicy | None:
+    """The policy that selected the teachers, as training left it; it selects without chance from here on."""
+    policy = at.policy()
+    if policy is not None:
+        state = load_file(trained.folder / STATE)
+        policy.load_state_dict(
+            {name.removeprefix("policy."): t for name, t in state.items() if name.startswith("policy.")}
+        )
+        policy.eval()
+    return policy
 
 
 def _words(facts: TeacherFacts) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Stage 5 of the story: the student learns, and is left as a normal checkpoint."""
+"""Stages 5 to 7 of the story: the student is made, what it is held to is fitted, and it learns. It is left as a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,41 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from edgestill.compress.distill_module import DistillModule, TeachersAtWork, TeacherSource, TeachersRemembered
-from edgestill.compress.features import FeatureLoss
-from edgestill.compress.fused_head import OutputLoss
+from edgestill.compress.alignment import Alignment
+from edgestill.compress.distill_module import DistillModule
+from edgestill.compress.feature_fit import evenly, fit_alignment
+from edgestill.compress.low_rank import load_student
+from edgestill.compress.objectives import module_of
 from edgestill.compress.reference import choose_windows, perplexity
 from edgestill.compress.setting import Setting
 from edgestill.compress.stages import Stage
 from edgestill.compress.student import count_parameters, make_student
-from edgestill.compress.teacher_cache import open_cache
 from edgestill.compress.teachers import load_teacher
-from edgestill.compress.trainer import LOG, OrderedWindows, autocast_bfloat16, train
+from edgestill.compress.trainer import train
+from edgestill.compress.training_log import LOG
+from edgestill.compress.windows import OrderedWindows
 from edgestill.runtime.files import write_atomically
 
-CODE = 1
-"""Revision of what this stage computes; raise it when the same inputs would give another student."""
+CODE = {"student": 1, "align": 1, "train": 2}
+"""Revision of what each stage computes; raise it when the same inputs would give another result."""
 VALIDATION_TOKENS = 16384
+STATE = "distill_state.safetensors"
+"""Beside the student: projections, selection policy, balances. Never in its checkpoint."""
 
 
 def student_of(at: Setting, calibrations: Sequence[float], caches: list[Path] | None) -> Stage:
-    """The student checkpoint (`student/`), `distill_state.safetensors` and training.jsonl."""
+    """The trained student (`student/`), `distill_state.safetensors` and training.jsonl."""
     recipe = at.recipe
-    words = recipe.train.model_dump(mode="json", exclude={"checkpoint_every_steps", "teacher_cache", "cache_top_k"})
+    made = made_of(at)
+    aligned = aligned_of(at, made) if recipe.losses.features is not None else None
+    apart = {"checkpoint_every_steps", "teacher_cache", "cache_top_k", "cache_mode", "cache_samples"}
     inputs: dict[str, Any] = {
-        "student": recipe.student.model_dump(mode="json"),
+        "student": made.key,
         "losses": recipe.losses.model_dump(mode="json"),
-        "train": words,
+        "train": recipe.train.model_dump(mode="json", exclude=apart),
         "corpus": at.corpus_key,
         "tokenizer": at.teachers[0].weights_sha256,
-        "code": CODE,
+        "code": CODE["train"],
     }
     if at.listens:
         inputs |= {
@@ -47,46 +55,128 @@ def student_of(at: Setting, calibrations: Sequence[float], caches: list[Path] | 
             **at.fusion_words(),
             "calibration": list(calibrations),
             "caches": [c.name for c in caches] if caches else None,
+            "align": aligned.key if aligned else None,
         }
-    return at.space.stage(
-        "train", "train: the student", inputs, lambda folder: _train_into(at, folder, calibrations, caches)
-    )
+
+    def learn(folder: Path) -> dict[str, Any]:
+        return _train_into(at, folder, made, aligned, calibrations, caches)
+
+    return at.space.stage("train", "train: the student", inputs, learn)
 
 
-def _train_into(at: Setting, folder: Path, calibrations: Sequence[float], caches: list[Path] | None) -> dict[str, Any]:
+def made_of(at: Setting) -> Stage:
+    """The student before training; its info has `origin` (the teacher's layer of each of its own) and what was cut."""
+    recipe = at.recipe
+
+    def make(folder: Path) -> dict[str, Any]:
+        made = make_student(
+            recipe.student,
+            at.teachers,
+            at.vocabulary,
+            recipe.train.seed,
+            text=at.corpus.training,
+            device=at.device,
+        )
+        made.model.save_pretrained(folder / "student")
+        return {"origin": made.origin, "parameters": count_parameters(made.model), **made.notes}
+
+    measures = recipe.student.init != "config"
+    inputs = {
+        "student": recipe.student.model_dump(mode="json"),
+        "teachers": at.teacher_hashes() if measures else at.teachers[0].weights_sha256,
+        "corpus": at.corpus_key if measures else None,
+        "vocabulary": at.vocabulary,
+        "seed": recipe.train.seed,
+        "code": CODE["student"],
+    }
+    return at.space.stage("student", "student: made", inputs, make)
+
+
+def aligned_of(at: Setting, made: Stage) -> Stage:
+    """Layer pairs and projections (alignment.py), fitted on the untrained student."""
+    spec = at.recipe.losses.features
+    if spec is None:
+        raise ValueError("the recipe aligns no features")
+
+    def fit(folder: Path) -> None:
+        windows = evenly(at.corpus.training.token_ids, spec.fit_tokens)
+        student = load_student(made.folder / "student", torch.float32).to(at.device)
+        with at.progress.task("feature fit", windows.size * len(at.teachers), "tokens") as task:
+            found = fit_alignment(
+                spec,
+                student,
+                [partial(load_teacher, t, at.device) for t in at.teachers],
+                windows,
+                origins_of(at, made),
+                batch_size=at.recipe.train.batch_size,
+                task=task,
+            )
+        found.save(folder)
+
+    inputs = {
+        "features": spec.model_dump(mode="json"),
+        "student": made.key,
+        "teachers": at.teacher_hashes(),
+        "corpus": at.corpus_key,
+        "code": CODE["align"],
+    }
+    return at.space.stage("align", "align: layers and projections", inputs, fit)
+
+
+def origins_of(at: Setting, made: Stage) -> list[list[int] | None]:
+    """Per teacher, the layer of it that each layer of the student was copied from; None for the others."""
+    source = at.recipe.student.init.removeprefix("teacher:")
+    return [made.info["origin"] if t.name == source else None for t in at.teachers]
+
+
+def _train_into(
+    at: Setting,
+    folder: Path,
+    made: Stage,
+    aligned: Stage | None,
+    calibrations: Sequence[float],
+    caches: list[Path] | None,
+) -> dict[str, Any]:
     """Everything but the last rename; a run that was killed while it tidied up is not trained again."""
     run, result = folder / "run", folder / "result.json"
     if not result.exists():
-        info = _train_in(run, at, folder, calibrations, caches)
+        student = load_student(made.folder / "student", torch.float32).to(at.device)
+        alignment = Alignment.load(aligned.folder) if aligned is not None else None
+        module = module_of(at, student, alignment, calibrations, caches)
+        info = {"teachers_from": "cache" if caches else "memory", "made": made.info, **_learn(at, module, run, folder)}
         write_atomically(result, json.dumps(info).encode())
     shutil.rmtree(run, ignore_errors=True)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
-def _train_in(
-    run: Path, at: Setting, folder: Path, calibrations: Sequence[float], caches: list[Path] | None
-) -> dict[str, Any]:
-    spec = at.recipe.train
-    student = make_student(at.recipe.student, at.teachers, at.vocabulary, spec.seed).to(at.device)
+def _learn(at: Setting, module: DistillModule, run: Path, folder: Path) -> dict[str, Any]:
+    """Train, and place what is kept in `folder`."""
+    spec, student = at.recipe.train, module.student
     parameters = count_parameters(student)
     _say_sizes(at, parameters)
-    module = _module(at, student, calibrations, caches)
     order = at.order()
     names = {"teachers": tuple(t.name for t in at.teachers), "domains": at.domains}
     run.mkdir(exist_ok=True)
     with at.progress.task("training", len(order) * at.corpus.sequence_length, "tokens") as task:
         info = train(module, OrderedWindows(at.corpus.training, order), spec, run, task, names=names)
-    student = student.eval().float().cpu()
-    windows = choose_windows(at.corpus.validation, VALIDATION_TOKENS)
-    reached = perplexity(student, at.corpus.validation, windows, batch_size=spec.batch_size)
+    reached = _validated(at, student)
     at.progress.say(f"student: validation perplexity {reached:.1f}")
     student.save_pretrained(folder / "student")
     AutoTokenizer.from_pretrained(at.teachers[0].path).save_pretrained(folder / "student")
-    if module.features is not None:
-        save_file(module.features.state_dict(), folder / "distill_state.safetensors")
+    state = {name: t for name, t in module.state_dict().items() if not name.startswith(("student.", "meter."))}
+    if state:
+        save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / STATE)
     shutil.copy(run / LOG, folder / LOG)
-    source = "cache" if caches else "memory"
-    return {"parameters": parameters, "teachers_from": source, "validation_perplexity": round(reached, 3), **info}
+    if at.listens:
+        info["histograms"] = module.meter.histograms(names["teachers"], names["domains"])
+    return {"parameters": parameters, "validation_perplexity": round(reached, 3), **info}
+
+
+def _validated(at: Setting, student: PreTrainedModel) -> float:
+    """Perplexity on validation text of the student as it is kept: float32, on the CPU."""
+    student.eval().float().cpu()
+    windows = choose_windows(at.corpus.validation, VALIDATION_TOKENS)
+    return perplexity(student, at.corpus.validation, windows, batch_size=at.recipe.train.batch_size)
 
 
 def _say_sizes(at: Setting, parameters: int) -> None:
@@ -97,35 +187,3 @@ def _say_sizes(at: Setting, parameters: int) -> None:
         at.progress.say(
             f"warning: the student ({parameters:,} parameters) is larger than its smallest teacher ({smallest:,})"
         )
-
-
-def _module(
-    at: Setting, student: PreTrainedModel, calibrations: Sequence[float], caches: list[Path] | None
-) -> DistillModule:
-    recipe = at.recipe
-    losses = recipe.losses
-    bf16 = autocast_bfloat16(recipe.train, at.device)
-    output = OutputLoss(
-        divergence=losses.output.divergence,
-        temperature=losses.output.temperature,
-        beta=losses.output.beta,
-        weight=losses.output.weight,
-        cross_entropy=losses.cross_entropy,
-        matmul_dtype=torch.bfloat16 if bf16 else torch.float32,
-    )
-    source: TeacherSource | None = None
-    if at.listens and caches:
-        opened = [
-            open_cache(c, teacher_sha256=t.weights_sha256, corpus_sha256=at.corpus.sha256)
-            for c, t in zip(caches, at.teachers, strict=True)
-        ]
-        source = TeachersRemembered([t.name for t in at.teachers], opened, at.rule, at.vocabulary)
-    elif at.listens:
-        resident = [load_teacher(t, at.device) for t in at.teachers]
-        source = TeachersAtWork(resident, calibrations, at.rule, losses.output.temperature)
-    features = None
-    if losses.features is not None:
-        shape = (student.config.hidden_size, student.config.num_hidden_layers)
-        shapes = [(t.name, t.hidden_size, t.n_layers) for t in at.teachers]
-        features = FeatureLoss(losses.features, shape, shapes, recipe.train.seed).to(at.device)
-    return DistillModule(student, source, output, features, len(at.domains))

@@ -12,22 +12,27 @@ import numpy as np
 import psutil
 import torch
 
+from edgestill.compress.cache_answers import Mode
+from edgestill.compress.cache_capture import capture
 from edgestill.compress.calibrate import calibrate, calibration_windows
 from edgestill.compress.setting import Setting
-from edgestill.compress.teacher_cache import capture
 from edgestill.compress.teachers import TeacherFacts, fit_together, load_teacher
+from edgestill.profiles.schema import Recipe
 from edgestill.runtime.errors import BadInput
 
-CODE = {"calibrate": 1, "cache": 1}
+CODE = {"calibrate": 1, "cache": 2}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 REPEATS_THAT_PAY = 2.0
 """From this many passes over the same tokens, capturing the teachers once costs less than running them every time."""
 
 
 def calibrations_of(at: Setting) -> list[float]:
-    """One temperature per teacher; 1.0 where entropies are not compared."""
-    fusion = at.recipe.fusion
-    if not (fusion.weights == "entropy" and fusion.calibrate):
+    """One temperature per teacher, fitted where entropies are compared at it or answers may be stored; else 1.0.
+
+    A cache holds the entropies at both temperatures, so it does not depend on the words of fusion. What a fusion that does
+    not calibrate compares is `compared_at`.
+    """
+    if not (_compares_calibrated(at.recipe) or _may_store(at)):
         return [1.0] * len(at.teachers)
     batch = at.recipe.train.batch_size
     windows = calibration_windows(at.corpus.validation)
@@ -50,12 +55,19 @@ def calibrations_of(at: Setting) -> list[float]:
     return [float(stage.info[t.name]["temperature"]) for t in at.teachers]
 
 
+def compared_at(recipe: Recipe, calibrations: Sequence[float]) -> list[float]:
+    """The temperature at which the recipe's fusion takes each teacher's entropy: its calibration, or 1.0."""
+    return list(calibrations) if _compares_calibrated(recipe) else [1.0] * len(calibrations)
+
+
 def caches_of(at: Setting, calibrations: Sequence[float]) -> list[Path] | None:
     """Folders of the teachers' stored answers, or None when the teachers run during training."""
-    recipe = at.recipe
+    train = at.recipe.train
     windows = np.unique(at.order())
     if not _cache_pays(at, len(at.order()) / len(windows)):
         return None
+    mode: Mode = train.cache_mode
+    size = min(train.cache_top_k, at.vocabulary) if mode == "top_k" else train.cache_samples
     folders = []
     for facts, calibration in zip(at.teachers, calibrations, strict=True):
 
@@ -65,8 +77,10 @@ def caches_of(at: Setting, calibrations: Sequence[float]) -> list[Path] | None:
                 at.corpus.training,
                 windows,
                 folder,
-                top_k=min(recipe.train.cache_top_k, at.vocabulary),
-                batch_size=recipe.train.batch_size,
+                mode=mode,
+                size=size,
+                seed=train.seed,
+                batch_size=train.batch_size,
                 corpus_sha256=at.corpus.sha256,
                 calibration=calibration,
                 progress=at.progress,
@@ -76,7 +90,7 @@ def caches_of(at: Setting, calibrations: Sequence[float]) -> list[Path] | None:
             "teacher": [facts.weights_sha256, facts.precision, calibration],
             "corpus": at.corpus_key,
             "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
-            "top_k": recipe.train.cache_top_k,
+            "stored": [mode, size] if mode == "top_k" else [mode, size, train.seed],
             "code": CODE["cache"],
         }
         title = f"cache: answers of teacher {facts.name} on {len(windows)} windows"
@@ -84,17 +98,35 @@ def caches_of(at: Setting, calibrations: Sequence[float]) -> list[Path] | None:
     return folders
 
 
+def _compares_calibrated(recipe: Recipe) -> bool:
+    return recipe.fusion.calibrate and recipe.fusion.weights in ("entropy", "reinforced")
+
+
+def _needs_teachers(recipe: Recipe) -> str | None:
+    """The word that wants the teachers during training, if there is one."""
+    wants = {
+        "losses.features": recipe.losses.features is not None,
+        "losses.attention": recipe.losses.attention is not None,
+        "train.on_policy": recipe.train.on_policy is not None,
+    }
+    return next((name for name, wanted in wants.items() if wanted), None)
+
+
+def _may_store(at: Setting) -> bool:
+    """Whether `_cache_pays` could say yes: by the words alone, for free memory changes from one call to the next."""
+    return at.listens and at.recipe.train.teacher_cache != "never" and _needs_teachers(at.recipe) is None
+
+
 def _cache_pays(at: Setting, repeats: float) -> bool:
-    recipe = at.recipe
-    wanted = recipe.train.teacher_cache
+    wanted = at.recipe.train.teacher_cache
     memory = torch.cuda.mem_get_info()[0] if at.device.type == "cuda" else psutil.virtual_memory().available
     fits = fit_together(at.teachers, memory)
     if not at.listens or wanted == "never":
         return False
-    if recipe.losses.features is not None:
+    if (name := _needs_teachers(at.recipe)) is not None:
         if wanted == "always" or not fits:
             raise BadInput(
-                "losses.features needs the teachers during training, which the cache replaces; remove losses.features "
+                f"{name} needs the teachers during training, which the cache replaces; remove {name} "
                 + ("or teacher_cache: always" if fits else "or free memory: the teachers do not fit together")
             )
         return False

@@ -1,17 +1,17 @@
-"""Text to tokens, split into training, validation and held-out.
+"""Text to tokens, by domain, split into training, validation and held-out.
 
 A document is encoded as the tokenizer encodes a prompt (its own special tokens included) and ends with the
-end-of-sequence token. In prompt/response rows only the response and its end token count as labels. A source of many documents
-is cut between documents, after encoding; one of few is cut at the end of a paragraph, before it, so that every part is
-encoded from its own beginning.
+end-of-sequence token. In prompt/response rows only the response and its end token count as labels. The documents of one domain
+of a source stay together and are split alone, so each domain has its share in every part. Many documents are cut between
+documents, after encoding; few are cut at the end of a paragraph, before it, so that every part is encoded from its own
+beginning.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -22,28 +22,43 @@ from edgestill.compress.sources import Document, Exchange
 from edgestill.runtime.errors import BadInput
 
 WHOLE_DOCUMENTS = 20
-"""From this many documents on, a source is cut between documents only."""
+"""From this many documents on, a domain of a source is cut between documents only."""
 BATCH_DOCUMENTS = 256
+
+Encoded = tuple[Ints, npt.NDArray[np.uint8]]
+"""Token ids of a document, and 1 for each that counts as a label."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedSource:
-    """A source, tokenised and split: `training` and the shares that were asked for."""
+    """A source, tokenised and split."""
 
-    streams: dict[str, Stream]
+    streams: dict[str, dict[str, Stream]]
+    """Domain, in the order of first appearance -> `training` and the shares that were asked for."""
     documents: int
     sha256: str
     """Of the text: each piece of it preceded by its number of UTF-8 bytes."""
 
     @property
-    def tokens(self) -> int:
-        return sum(len(stream.token_ids) for stream in self.streams.values())
+    def domain_tokens(self) -> dict[str, int]:
+        """Tokens of each domain, all parts together."""
+        return {domain: sum(len(part.token_ids) for part in parts.values()) for domain, parts in self.streams.items()}
 
 
 def encode_source(
-    items: Iterable[Document | Exchange], shares: dict[str, float], tokenizer: Any, dtype: npt.DTypeLike, name: str
+    items: Iterable[Document | Exchange],
+    shares: dict[str, float],
+    tokenizer: Any,
+    dtype: npt.DTypeLike,
+    *,
+    name: str,
+    domain: str,
 ) -> EncodedSource:
-    """Tokenise one source and split it: `training`, then, in their order, the named shares at its end.
+    """Tokenise one source and split each of its domains: `training`, then, in their order, the named shares at its end.
+
+    Args:
+        name: of the source, for error messages.
+        domain: of items that have none of their own.
 
     Raises:
         BadInput: no text at all, a tokenizer without an end-of-sequence token, or exchanges it has no template for.
@@ -51,37 +66,49 @@ def encode_source(
     if tokenizer.eos_token_id is None:
         raise BadInput("the tokenizer has no eos_token, which ends documents; set one in tokenizer_config.json")
     digest, documents = hashlib.sha256(), 0
-
-    def seen() -> Iterator[Document | Exchange]:
-        nonlocal documents
-        for item in items:
-            documents += 1
-            for text in _texts_of(item):
-                data = text.encode("utf-8", errors="surrogatepass")
-                digest.update(len(data).to_bytes(8, "little") + data)
-            yield item
-
-    rest = seen()
-    first = list(islice(rest, WHOLE_DOCUMENTS))
-    if not first:
+    found: dict[str, _Gathered] = {}
+    for item in items:
+        documents += 1
+        for text in _texts_of(item):
+            data = text.encode("utf-8", errors="surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+        found.setdefault(item.domain or domain, _Gathered(tokenizer, dtype)).add(item)
+    if not found:
         raise BadInput(f"data source {name!r} has no text; add some or remove the source")
-    few = [item for item in first if isinstance(item, Document)]
-    if len(few) == len(first) < WHOLE_DOCUMENTS:
-        pieces = cut_texts(few, shares)
-        streams = {part: _encode_stream(iter(texts), tokenizer, dtype) for part, texts in pieces.items()}
-    else:
-        streams = cut_stream(_encode_stream(chain(first, rest), tokenizer, dtype), shares)
+    streams = {own: gathered.finish(shares) for own, gathered in found.items()}
     return EncodedSource(streams, documents, digest.hexdigest())
 
 
-def _encode_stream(items: Iterator[Document | Exchange], tokenizer: Any, dtype: npt.DTypeLike) -> Stream:
-    tokens: list[Ints] = [np.zeros(0, dtype)]
-    counts: list[npt.NDArray[np.uint8]] = [np.zeros(0, np.uint8)]
-    while batch := list(islice(items, BATCH_DOCUMENTS)):
-        for ids, counted in _encode(batch, tokenizer):
-            tokens.append(np.asarray(ids, dtype=dtype))
-            counts.append(counted)
-    ends = np.cumsum([len(ids) for ids in tokens[1:]], dtype=np.int64)
+class _Gathered:
+    """The documents of one domain: text while they are few, tokens a batch at a time from then on."""
+
+    def __init__(self, tokenizer: Any, dtype: npt.DTypeLike) -> None:
+        self.tokenizer, self.dtype = tokenizer, dtype
+        self.waiting: list[Document | Exchange] = []
+        self.encoded: list[Encoded] = []
+
+    def add(self, item: Document | Exchange) -> None:
+        self.waiting.append(item)
+        if len(self.waiting) == BATCH_DOCUMENTS:
+            self.encoded += self._encoded(self.waiting)
+            self.waiting = []
+
+    def finish(self, shares: dict[str, float]) -> dict[str, Stream]:
+        """`training` and the named shares."""
+        few = [item for item in self.waiting if isinstance(item, Document)]
+        if not self.encoded and len(few) == len(self.waiting) < WHOLE_DOCUMENTS:
+            return {part: _stream(self._encoded(texts), self.dtype) for part, texts in cut_texts(few, shares).items()}
+        return cut_stream(_stream(self.encoded + self._encoded(self.waiting), self.dtype), shares)
+
+    def _encoded(self, batch: Sequence[Document | Exchange]) -> list[Encoded]:
+        pairs = _encode(batch, self.tokenizer) if batch else ()
+        return [(np.asarray(ids, dtype=self.dtype), counted) for ids, counted in pairs]
+
+
+def _stream(encoded: list[Encoded], dtype: npt.DTypeLike) -> Stream:
+    tokens = [np.zeros(0, dtype), *(ids for ids, _ in encoded)]
+    counts = [np.zeros(0, np.uint8), *(counted for _, counted in encoded)]
+    ends = np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64)
     return Stream(np.concatenate(tokens), np.concatenate(counts), ends)
 
 
@@ -93,7 +120,7 @@ def _texts_of(item: Document | Exchange) -> Iterator[str]:
         yield item.response
 
 
-def _encode(batch: list[Document | Exchange], tokenizer: Any) -> Iterator[tuple[list[int], npt.NDArray[np.uint8]]]:
+def _encode(batch: Sequence[Document | Exchange], tokenizer: Any) -> Iterator[tuple[list[int], npt.NDArray[np.uint8]]]:
     exchanges = [item for item in batch if isinstance(item, Exchange)]
     if exchanges:
         yield from _encode_exchanges(exchanges, tokenizer)

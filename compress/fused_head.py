@@ -1,98 +1,108 @@
 """The output loss, chunk by chunk, from hidden states: value and gradients in one pass, memory independent of the teachers.
 
-For every chunk of rows (whole sequences, as many as a byte budget allows) with z = h W' + b the student's logits, q =
-softmax(z / T), p the fused target, y the true token, N the number of valid labels of the whole accumulation window:
+For every chunk of rows with z = h W' + b the student's logits, q = softmax(z / T), p the fused target, y the true token, N the
+number of valid labels of the whole accumulation window:
 
-    loss += [ w_out T^2 D(p, q) + w_ce (-log softmax(z)_y) ] / N
-    G     = [ w_out T dD/d(z/T) + w_ce (softmax(z) - onehot(y)) ] / N
+    loss += [ w_out T^2 D(p, q) + w_rank R(z, p) + w_ce (-log softmax(z)_y) ] / N
+    G     = [ w_out T dD/d(z/T) + w_rank dR/dz + w_ce (softmax(z) - onehot(y)) ] / N
     dh    = G W,   dW += G' h,   db += sum G
 
 The gradients are made in the forward pass and only scaled in backward, so no logits live on. Softmax, divergence and sums are
 float32; the products run in `matmul_dtype` (bfloat16 under autocast), dW accumulates in float32.
 
-On k + 1 buckets (cached teachers) the tail's share of a token v outside the k is exp(z_v - lse_tail): with g the gradient
-per bucket, dz_v = g_v inside and g_tail exp(z_v - lse_tail) outside; lse_tail is taken over the complement, never 1 - sum,
-so an empty tail gives 0 and not NaN. At T != 1 both sides are tempered over the k + 1 buckets, the tail as one of them.
+On k + 1 buckets (cached teachers) the tail's share of a token v outside the k is s_v = exp(z_v - lse_tail): with g the gradient
+per bucket, dz_v = g_v inside and g_tail s_v outside. s is a softmax over the complement, never q_v / (1 - sum), so it is exact
+where the tail's mass underflows. At T != 1 both sides are tempered over the k + 1 buckets, the tail as one of them.
+
+Chunks hold as many rows as a byte budget allows. A target that pools over sequences is cut between sequences, and where one
+sequence alone exceeds the budget it is asked for its weights in advance (targets.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from edgestill.compress.divergence import DIVERGENCES, LOG_TINY
-from edgestill.compress.targets import Buckets, Dense, Target
+from edgestill.compress.divergence import DIVERGENCES, LOG_TINY, Settings, row_dot
+from edgestill.compress.ranking import ranking_loss
+from edgestill.compress.rows import Rows, chunks
+from edgestill.compress.targets import Buckets, Dense, Target, softmax_facts
+from edgestill.profiles.schema import RankingLossSpec
 
 BUFFERS_PER_CHUNK = 7
 """[rows, V] float32 tensors alive at the peak of one chunk."""
-DEFAULT_CHUNK_BYTES = 32 << 20
+DEFAULT_CHUNK_BYTES = 512 << 20
+CPU_CHUNK_BYTES = 32 << 20
+"""On a CPU the passes over a chunk are faster while it lies in the last-level cache."""
+FEWEST_ROWS = 128
+"""Fewer rows leave the products waiting for the head's weights."""
 
 
 @dataclass(frozen=True)
 class OutputLoss:
-    """What is minimised at the output; field meanings in profiles/schema.py."""
+    """What is minimised at the output; field meanings in profiles/loss_words.py."""
 
     divergence: str = "forward_kl"
     temperature: float = 1.0
-    beta: float = 0.5
+    settings: Settings = field(default_factory=Settings)
     weight: float = 1.0
     cross_entropy: float = 0.0
+    ranking: RankingLossSpec | None = None
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
     matmul_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
-class OutputSums:
-    """Sums over the rows, float32 scalars on the device: divergence in nats (without T^2) and cross-entropy in nats."""
+class OutputValues:
+    """Per row [n], float32, on the device, without gradient: divergence in nats (without T^2), cross-entropy in nats, ranking
+    loss, and the cross-entropy to TAID's interpolated target (0 for other divergences)."""
 
     divergence: Tensor
     cross_entropy: Tensor
+    ranking: Tensor
+    to_interpolated: Tensor
 
 
-def chunks(lengths: Sequence[int], vocabulary: int, chunk_bytes: int) -> Iterator[slice]:
-    """Row ranges of whole sequences with these lengths; a sequence that exceeds the budget alone is a chunk of its own."""
-    limit = max(1, chunk_bytes // (4 * vocabulary * BUFFERS_PER_CHUNK))
-    start = stop = 0
-    for length in lengths:
-        if stop > start and stop + length - start > limit:
-            yield slice(start, stop)
-            start = stop
-        stop += length
-    if stop > start:
-        yield slice(start, stop)
+def row_ranges(rows: Rows, target: Target | None, vocabulary: int, chunk_bytes: int) -> list[slice]:
+    """How the rows are cut: within `chunk_bytes`, and on a CPU within its cache."""
+    most = max(1, chunk_bytes // (4 * vocabulary * BUFFERS_PER_CHUNK))
+    near = most
+    if rows.labels.device.type == "cpu":
+        near = min(most, max(FEWEST_ROWS, CPU_CHUNK_BYTES // (4 * vocabulary * BUFFERS_PER_CHUNK)))
+    if target is not None and not target.cut_anywhere(most):
+        return chunks(rows.lengths, near)
+    total = sum(rows.lengths)
+    return [slice(start, min(start + near, total)) for start in range(0, total, near)]
 
 
 def output_loss(
     hidden: Tensor,
     head: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
-    lengths: Sequence[int],
+    rows: Rows,
     target: Target | None,
     normaliser: Tensor,
     spec: OutputLoss,
-) -> tuple[Tensor, OutputSums]:
+) -> tuple[Tensor, OutputValues]:
     """The weighted output loss of n rows.
 
     Args:
-        hidden: student hidden states [n, d], rows of one sequence together.
+        hidden: student hidden states [n, d], in the order of `rows`.
         head, bias: the student's output layer [V, d] and [V]; may be tied to its embedding.
-        labels: int64 [n], all valid (rows without a label are left out before).
-        lengths: rows of each sequence; their sum is n. n = 0 is allowed and gives a zero loss with zero gradients.
+        rows: their labels and sequences. n = 0 is allowed and gives a zero loss with zero gradients.
         target: the teachers' target, or None when `spec.weight` is 0.
         normaliser: N, a scalar tensor, at least 1.
 
     Returns:
-        The loss (scalar, differentiable in hidden, head and bias) and the sums for the log.
+        The loss (scalar, differentiable in hidden, head and bias) and the values per row for the log.
     """
-    loss, divergence, cross_entropy = _FusedHead.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-        hidden, head, bias, labels, lengths, target, normaliser, spec
+    loss, values = _FusedHead.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+        hidden, head, bias, rows, target if spec.weight > 0 else None, normaliser, spec
     )
-    return loss, OutputSums(divergence, cross_entropy)
+    return loss, OutputValues(*values.unbind(0))
 
 
 class _FusedHead(torch.autograd.Function):
@@ -102,32 +112,27 @@ class _FusedHead(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
-        lengths: Sequence[int],
+        rows: Rows,
         target: Target | None,
         normaliser: Tensor,
         spec: OutputLoss,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         dtype = spec.matmul_dtype
+        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         weight = head.detach().to(dtype)
+        offset = None if bias is None else bias.detach().to(dtype)
         grad_hidden = torch.zeros_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if head.requires_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and bias.requires_grad else None
-        sums = torch.zeros(
-            2, dtype=torch.float32 if hidden.dtype != torch.float64 else torch.float64, device=hidden.device
-        )
-        sequence = torch.repeat_interleave(
-            torch.arange(len(lengths), device=hidden.device), torch.tensor(lengths, device=hidden.device)
-        )
+        grad_head = torch.zeros_like(head, dtype=precise) if head.requires_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and bias.requires_grad else None
+        values = torch.zeros(4, hidden.shape[0], dtype=precise, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in chunks(lengths, head.shape[0], spec.chunk_bytes):
-                h = hidden[rows].detach().to(dtype)
-                logits = torch.nn.functional.linear(h, weight, None if bias is None else bias.detach().to(dtype))
-                logits = logits.to(sums.dtype)
-                answer = target.chunk(rows, sequence[rows]) if target is not None and spec.weight > 0 else None
-                gradient = _chunk_gradient(logits, labels[rows], answer, spec, sums)
+            for part in row_ranges(rows, target, head.shape[0], spec.chunk_bytes):
+                h = hidden[part].detach().to(dtype)
+                logits = torch.nn.functional.linear(h, weight, offset).to(precise)
+                answer = None if target is None else target.chunk(part)
+                gradient = _chunk_gradient(logits, rows.labels[part], answer, spec, values[:, part])
                 g = gradient.to(dtype)
-                grad_hidden[rows] = (g @ weight).to(grad_hidden.dtype)
+                grad_hidden[part] = (g @ weight).to(grad_hidden.dtype)
                 if grad_head is not None:
                     grad_head += g.T @ h
                 if grad_bias is not None:
@@ -137,8 +142,12 @@ class _FusedHead(torch.autograd.Function):
                 found.div_(normaliser)
         ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
         ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
-        loss = (spec.weight * spec.temperature**2 * sums[0] + spec.cross_entropy * sums[1]) / normaliser
-        return loss, sums[0].clone(), sums[1].clone()
+        divergence, cross_entropy, ranking, _ = values.sum(1)
+        loss = spec.weight * spec.temperature**2 * divergence + spec.cross_entropy * cross_entropy
+        if spec.ranking is not None:
+            loss = loss + spec.ranking.weight * ranking
+        ctx.mark_non_differentiable(values)
+        return loss / normaliser, values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -148,49 +157,72 @@ class _FusedHead(torch.autograd.Function):
             grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_head is None else (grad_head * scale).to(ctx.dtypes[0]),
             None if grad_bias is None else (grad_bias * scale).to(ctx.dtypes[1]),
-            *(None,) * 5,
+            *(None,) * 4,
         )
 
 
 def _chunk_gradient(
-    logits: Tensor, labels: Tensor, target: Dense | Buckets | None, spec: OutputLoss, sums: Tensor
+    logits: Tensor, labels: Tensor, target: Dense | Buckets | None, spec: OutputLoss, values: Tensor
 ) -> Tensor:
-    """Gradient of the weighted loss of one chunk with respect to its logits [rows, V]; adds the values to `sums`."""
-    log_q = torch.log_softmax(logits, -1)
-    q = log_q.exp()
-    label_log_q = log_q.gather(1, labels.unsqueeze(1))
-    sums[1] -= label_log_q.sum()
+    """Gradient of the weighted loss of one chunk with respect to its logits [rows, V], which are overwritten; fills `values`."""
+    answers = labels.unsqueeze(1)
+    label_logits = logits.gather(1, answers).squeeze(1)
+    ranked = None
+    if target is not None and spec.ranking is not None:
+        values[2], *ranked = ranking_loss(logits, target, spec.ranking)
     if target is None:
+        q, lse = softmax_facts(logits)
         gradient = q.mul_(spec.cross_entropy)
+    elif isinstance(target, Dense):
+        gradient, lse = _dense_gradient(logits, target, spec, values)
     else:
-        if isinstance(target, Dense):
-            tempered = log_q if spec.temperature == 1 else torch.log_softmax(logits / spec.temperature, -1)
-            q_tempered = q if spec.temperature == 1 else tempered.exp()
-            p, log_p = target.p.to(logits.dtype), target.log_p.to(logits.dtype)
-            value, gradient = DIVERGENCES[spec.divergence](p, log_p, q_tempered, tempered, spec.beta)
-        else:
-            value, gradient = _bucket_gradient(logits, log_q, target, spec)
-        sums[0] += value.sum()
-        gradient.mul_(spec.weight * spec.temperature).add_(q, alpha=spec.cross_entropy)
+        gradient, lse = _bucket_gradient(logits, target, spec, values)
+    values[1] = lse - label_logits
     if spec.cross_entropy > 0:
-        gradient.scatter_add_(1, labels.unsqueeze(1), torch.full_like(label_log_q, -spec.cross_entropy))
+        gradient.scatter_add_(1, answers, torch.full_like(answers, -spec.cross_entropy, dtype=gradient.dtype))
+    if ranked is not None and spec.ranking is not None:
+        ids, slope = ranked
+        gradient.scatter_add_(1, ids, slope * spec.ranking.weight)
     return gradient
 
 
-def _bucket_gradient(logits: Tensor, log_q: Tensor, target: Buckets, spec: OutputLoss) -> tuple[Tensor, Tensor]:
-    """Value [rows] and gradient [rows, V] of the divergence over the stored tokens and the tail (module docstring)."""
-    inside = log_q.gather(1, target.ids).masked_fill(~target.used, LOG_TINY)
-    outside = logits.scatter(1, target.ids, float("-inf"))
-    tail = torch.logsumexp(outside, -1, keepdim=True)
-    log_tail = (tail - torch.logsumexp(logits, -1, keepdim=True)).clamp_min(LOG_TINY)
-    log_b = torch.cat([inside, log_tail], dim=1)
-    log_p = target.log_p.to(logits.dtype)
+def _dense_gradient(logits: Tensor, target: Dense, spec: OutputLoss, values: Tensor) -> tuple[Tensor, Tensor]:
+    """w_out T dD/d(z/T) + w_ce q [rows, V] over the whole vocabulary, and log sum exp z [rows]."""
+    q, lse = softmax_facts(logits)
+    if spec.temperature == 1:
+        log_q, tempered = logits.sub_(lse.unsqueeze(1)), q
+    else:
+        log_q = torch.log_softmax(logits / spec.temperature, -1)
+        tempered = log_q.exp()
+    p, log_p = target.p.to(logits.dtype), target.log_p.to(logits.dtype)
+    values[0], gradient = DIVERGENCES[spec.divergence](p, log_p, tempered, log_q, spec.settings)
+    _note_interpolated(gradient, tempered, log_q, spec, values)
+    return gradient.mul_(spec.weight * spec.temperature).add_(q, alpha=spec.cross_entropy), lse
+
+
+def _bucket_gradient(logits: Tensor, target: Buckets, spec: OutputLoss, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over the stored tokens and the tail (module docstring): one exponential a token, as plain cross-entropy."""
+    stored = logits.gather(1, target.ids).masked_fill_(~target.used, -torch.inf)
+    outside = logits.scatter_(1, target.ids, -torch.inf)
+    share, lse_tail = softmax_facts(outside)
+    if target.ids.shape[1] >= logits.shape[1]:  # perhaps nothing is outside: 0 / 0
+        share, lse_tail = share.nan_to_num_(0.0), lse_tail.nan_to_num_(-torch.inf)
+    z = torch.cat([stored, lse_tail.unsqueeze(1)], dim=1)
+    lse = torch.logsumexp(z, -1)
+    log_q = (z - lse.unsqueeze(1)).clamp_min(LOG_TINY)
+    log_b, log_p = log_q, target.log_p.to(z.dtype)
     if spec.temperature != 1:
         log_b = torch.log_softmax(log_b / spec.temperature, -1)
         log_p = torch.log_softmax(log_p / spec.temperature, -1)
-    p = log_p.exp().masked_fill(log_p <= LOG_TINY, 0.0)
-    value, per_bucket = DIVERGENCES[spec.divergence](p, log_p, log_b.exp(), log_b, spec.beta)
-    share = torch.where(torch.isfinite(tail), (outside - tail).exp(), torch.zeros_like(outside))
+    b, p = log_b.exp(), log_p.exp().masked_fill(log_p <= LOG_TINY, 0.0)
+    values[0], per_bucket = DIVERGENCES[spec.divergence](p, log_p, b, log_b, spec.settings)
+    _note_interpolated(per_bucket, b, log_b, spec, values)
+    per_bucket.mul_(spec.weight * spec.temperature).add_(log_q.exp(), alpha=spec.cross_entropy)
     gradient = share.mul_(per_bucket[:, -1:])
-    gradient.scatter_add_(1, target.ids, per_bucket[:, :-1].masked_fill(~target.used, 0.0))
-    return value, gradient
+    return gradient.scatter_add_(1, target.ids, per_bucket[:, :-1].masked_fill(~target.used, 0.0)), lse
+
+
+def _note_interpolated(gradient: Tensor, q: Tensor, log_q: Tensor, spec: OutputLoss, values: Tensor) -> None:
+    """TAID steers by its loss in cross-entropy form, -sum p_t log q, with p_t = q - gradient."""
+    if spec.divergence == "taid":
+        values[3] = row_dot(gradient - q, log_q)

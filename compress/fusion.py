@@ -1,12 +1,16 @@
 """How the teachers' distributions become one target: weights per teacher, and the mix (arXiv 2507.15198).
 
-With p_k the distribution of teacher k (K of them), H_k its entropy in nats at its calibration temperature, V the vocabulary:
+With p_k the distribution of teacher k (K of them), H_k its entropy in nats at its calibration temperature, V the vocabulary, y
+the true token:
 
     uniform       w_k = 1 / K
     static        w_k given, sum 1
     entropy       w_k = softmax_k(-(H_k / log V) / tau)       normalised entropy, so tau does not depend on the vocabulary
+    label         w_k = softmax_k(log p_k(y) / tau)           FuseLLM's AvgCE (arXiv 2401.10491); tau -> 0 is MinCE
+    routed        w_k = 1 for the teachers of the row's domain, shared evenly; all of them where none claims it
+    reinforced    w_k = 1 / n for the n teachers that a policy selects (reinforced.py)
     floor         w <- (1 - floor) w + floor / K              every teacher stays alive
-    granularity   token: H of the token; sequence: mean H over the valid tokens of the sequence
+    granularity   H or log p(y) of the token; its mean over the sequence; or its moving average over the tokens so far
 
     arithmetic    p = sum_k w_k p_k                           any sure teacher contributes
     geometric     log p = sum_k w_k log p_k - log Z           a token vetoed by one teacher dies
@@ -26,7 +30,26 @@ import torch
 from torch import Tensor
 
 from edgestill.compress.divergence import LOG_TINY, row_dot
+from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.profiles.schema import FusionSpec
+
+NEVER = -30.0
+"""log-weight of a teacher that is not asked: e^-30 beside 1, and uniform where no teacher is asked."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one teacher's weight on each row may depend on.
+
+    entropy, label_log_p: float32 [rows], nats; a quantity that the rule does not use may be 0.
+    sequence: int64 [rows], ascending; every row of a sequence must be here when the rule pools.
+    domain: int64 [rows].
+    """
+
+    entropy: Tensor
+    label_log_p: Tensor
+    sequence: Tensor
+    domain: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,51 +58,97 @@ class WeightRule:
 
     log_prior: tuple[float, ...]
     """log of the static weights (uniform: log 1/K)."""
-    by_entropy: bool
-    pooled: bool
-    """Entropies are averaged over the sequence."""
+    by: str
+    """prior, entropy, label, domain or policy."""
+    granularity: str
+    ema_decay: float
     tau: float
     floor: float
     geometric: bool
     log_vocabulary: float
+    domains: tuple[frozenset[int], ...] = ()
+    """by domain: those that each teacher answers for."""
+    policy: SelectionPolicy | None = None
 
     @classmethod
-    def of(cls, spec: FusionSpec, static_weights: Sequence[float], vocabulary: int) -> WeightRule:
+    def of(
+        cls,
+        spec: FusionSpec,
+        static_weights: Sequence[float],
+        vocabulary: int,
+        *,
+        domains: Sequence[frozenset[int]] = (),
+        policy: SelectionPolicy | None = None,
+    ) -> WeightRule:
         """The rule of a recipe for teachers with these static weights (read only under `weights: static`)."""
         weights = list(static_weights) if spec.weights == "static" else [1.0] * len(static_weights)
         total = sum(weights)
+        by = {"label": "label", "entropy": "entropy", "routed": "domain", "reinforced": "policy"}.get(
+            spec.weights, "prior"
+        )
         return cls(
             log_prior=tuple(math.log(w / total) for w in weights),
-            by_entropy=spec.weights == "entropy",
-            pooled=spec.granularity == "sequence",
-            tau=spec.entropy_temperature,
-            floor=spec.floor if spec.weights == "entropy" else 0.0,
+            by=by,
+            granularity=spec.granularity,
+            ema_decay=spec.ema_decay,
+            tau=spec.label_temperature if by == "label" else spec.entropy_temperature,
+            floor=spec.floor if by in ("entropy", "label", "policy") else 0.0,
             geometric=spec.mix == "geometric",
             log_vocabulary=math.log(vocabulary),
+            domains=tuple(domains),
+            policy=policy,
         )
 
-    def score(self, teacher: int, entropy: Tensor, sequence: Tensor) -> Tensor:
-        """Unnormalised log-weight of one teacher for each row.
+    @property
+    def pools(self) -> bool:
+        """Whether a row's weight depends on other rows of its sequence."""
+        return self.by == "policy" or (self.by in ("entropy", "label") and self.granularity != "token")
 
-        Args:
-            teacher: its index.
-            entropy: float32 [rows], nats; not read unless `by_entropy`.
-            sequence: int64 [rows], which sequence a row belongs to; every row of a sequence must be here when `pooled`.
-        """
-        if not self.by_entropy:
-            return torch.full_like(entropy, self.log_prior[teacher])
-        if self.pooled:
-            entropy = pool(entropy, sequence)
-        return entropy / (-self.tau * self.log_vocabulary)
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `Evidence.entropy` is read."""
+        return self.by in ("entropy", "policy")
 
-    def weights(self, entropies: Tensor, sequence: Tensor) -> Tensor:
-        """Normalised weights float32 [K, rows] from entropies [K, rows], floor included."""
-        scores = torch.stack([self.score(k, row, sequence) for k, row in enumerate(entropies)])
-        return self.with_floor(scores.softmax(0))
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `Evidence.label_log_p` is read."""
+        return self.by in ("label", "policy")
+
+    def score(self, teacher: int, evidence: Evidence) -> Tensor:
+        """Unnormalised log-weight of one teacher (its index) for each row."""
+        if self.by == "entropy":
+            pooled = self._pooled(evidence.entropy, evidence.sequence)
+            return pooled / (-self.tau * self.log_vocabulary)
+        if self.by == "label":
+            return self._pooled(evidence.label_log_p, evidence.sequence) / self.tau
+        if self.by == "domain":
+            return self._routed(teacher, evidence.domain)
+        if self.policy is not None:
+            return self.policy.choose(teacher, evidence.entropy, evidence.label_log_p, evidence.sequence)
+        return torch.full_like(evidence.entropy, self.log_prior[teacher])
+
+    def weights(self, entropies: Tensor, label_log_ps: Tensor, sequence: Tensor, domain: Tensor) -> Tensor:
+        """Normalised weights float32 [K, rows] from entropies and label log-probabilities [K, rows], floor included."""
+        scores = [
+            self.score(k, Evidence(h, y, sequence, domain))
+            for k, (h, y) in enumerate(zip(entropies, label_log_ps, strict=True))
+        ]
+        return self.with_floor(torch.stack(scores).softmax(0))
 
     def with_floor(self, weights: Tensor) -> Tensor:
         """(1 - floor) w + floor / K for weights [K, ...]."""
         return weights if self.floor == 0 else weights * (1 - self.floor) + self.floor / weights.shape[0]
+
+    def _pooled(self, values: Tensor, sequence: Tensor) -> Tensor:
+        if self.granularity == "sequence":
+            return pool(values, sequence)
+        return moving_average(values, sequence, self.ema_decay) if self.granularity == "ema" else values
+
+    def _routed(self, teacher: int, domain: Tensor) -> Tensor:
+        asked = torch.zeros_like(domain, dtype=torch.bool)
+        for own in sorted(self.domains[teacher]):
+            asked |= domain == own
+        return torch.where(asked, 0.0, NEVER)
 
 
 def pool(values: Tensor, sequence: Tensor) -> Tensor:
@@ -88,6 +157,21 @@ def pool(values: Tensor, sequence: Tensor) -> Tensor:
     sums = torch.zeros_like(values).index_add_(0, first, values)
     counts = torch.zeros_like(values).index_add_(0, first, torch.ones_like(values))
     return (sums / counts.clamp_min(1))[first]
+
+
+def moving_average(values: Tensor, sequence: Tensor, decay: float) -> Tensor:
+    """Exponential moving average of `values` [rows] along each sequence, the first rows weighted so that there is no start-up bias.
+
+    a_t = sum_{j <= t} d^(t-j) v_j / sum_{j <= t} d^(t-j), summed by doubling: log2(rows) steps over [rows], stable for any
+    decay and length.
+    """
+    sums = torch.stack([values, torch.ones_like(values)])
+    shift = 1
+    while shift < values.numel():
+        same = (sequence[shift:] == sequence[:-shift]).to(values.dtype) * decay**shift
+        sums = torch.cat([sums[:, :shift], sums[:, shift:] + sums[:, :-shift] * same], dim=1)
+        shift *= 2
+    return sums[0] / sums[1]
 
 
 def entropy_of(log_p: Tensor) -> Tensor:
@@ -107,12 +191,9 @@ class FusionAccumulator:
         self._total: Tensor | None = None
         self._shift: Tensor | None = None
 
-    def term(self, logits: Tensor) -> Tensor:
-        """What `add` takes of a teacher's logits [rows, C]: probabilities, or log-probabilities for the geometric mix."""
-        return torch.log_softmax(logits, -1) if self.rule.geometric else torch.softmax(logits, -1)
-
     def add(self, term: Tensor, score: Tensor) -> None:
-        """Add one teacher's `term` [rows, C] (kept and overwritten) with its unnormalised log-weight [rows]."""
+        """Add one teacher: `term` [rows, C] (kept and overwritten), its probabilities, or log-probabilities for the geometric
+        mix; `score` its unnormalised log-weight [rows]."""
         self.scores.append(score)
         if self.rule.floor > 0:
             self._plain = term.clone() if self._plain is None else self._plain.add_(term)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import psutil
 from transformers import PretrainedConfig
 
+from edgestill.compress.attention import mapped_attention
 from edgestill.compress.corpus import require_sources
-from edgestill.compress.features import mapped_layers
+from edgestill.compress.features import check_features
+from edgestill.compress.on_policy import check as check_on_policy
 from edgestill.compress.student import student_config
+from edgestill.compress.teacher_files import read_config
 from edgestill.compress.teachers import TeacherFacts, check_same_tokenizer, resolve_teachers
 from edgestill.profiles.load import LoadedRecipe
 from edgestill.profiles.schema import Recipe
@@ -45,11 +48,40 @@ def check_inputs(loaded: LoadedRecipe) -> Inputs:
     vocabulary = check_same_tokenizer(teachers)
     student = student_config(recipe.student, teachers, vocabulary)
     _check_lengths(recipe, teachers, student)
+    _check_alignment(recipe, teachers, student)
+    if recipe.train.on_policy is not None:
+        check_on_policy(recipe.train.on_policy, recipe.data.sequence_length)
+    _check_domains(recipe)
+    return Inputs(teachers, vocabulary, student)
+
+
+def _check_alignment(recipe: Recipe, teachers: list[TeacherFacts], student: PretrainedConfig) -> None:
     if recipe.losses.features is not None:
         text = student.get_text_config(decoder=True)
         shapes = [(t.name, t.hidden_size, t.n_layers) for t in teachers]
-        mapped_layers(recipe.losses.features, (text.hidden_size, text.num_hidden_layers), shapes)
-    return Inputs(teachers, vocabulary, student)
+        check_features(
+            recipe.losses.features,
+            (text.hidden_size, text.num_hidden_layers),
+            shapes,
+            cut_from=None if recipe.student.init == "config" else recipe.student.init.removeprefix("teacher:"),
+            length=recipe.data.sequence_length,
+        )
+    if recipe.losses.attention is not None:
+        configs = [(t.name, read_config(t.path, t.name, trust_remote_code=t.trust_remote_code)) for t in teachers]
+        mapped_attention(recipe.losses.attention, student, configs, recipe.data.sequence_length)
+
+
+def _check_domains(recipe: Recipe) -> None:
+    """Routed teachers claim domains of the texts; those that a column names are known when the text is read."""
+    if recipe.fusion.weights != "routed" or any(source.domain_column for source in recipe.data.sources):
+        return
+    known = sorted({source.domain for source in recipe.data.sources})
+    for teacher in recipe.teachers:
+        for name in teacher.domains:
+            if name not in known:
+                raise BadInput(
+                    f"teachers: {teacher.name!r} claims domain {name!r}, but the texts have {', '.join(known)}; correct it"
+                )
 
 
 def _check_lengths(recipe: Recipe, teachers: list[TeacherFacts], student: PretrainedConfig) -> None:

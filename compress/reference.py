@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from edgestill.compress.corpus import Part
-from edgestill.compress.distill_module import IGNORE
-from edgestill.compress.fused_head import DEFAULT_CHUNK_BYTES, chunks
+from edgestill.compress.fused_head import CPU_CHUNK_BYTES, row_ranges
 from edgestill.compress.fusion import WeightRule, entropy_of
+from edgestill.compress.rows import IGNORE, Rows
 from edgestill.compress.targets import Dense, OnlineTarget, TeacherRows
 from edgestill.compress.teachers import Teacher, hidden_states
 from edgestill.profiles.schema import ReferenceSpec
@@ -78,7 +78,9 @@ def make_reference(
         theirs.append(
             _remember(_hidden_of(teacher), teacher.head_weight, teacher.head_bias, calibration, batches, task)
         )
-    arrays = _answers(torch.from_numpy(token_ids.astype(np.int64)).to(device), ours, theirs, rule, spec.top_k)
+    ids = torch.from_numpy(token_ids.astype(np.int64)).to(device)
+    rows = Rows.of(ids, torch.from_numpy(part.domain[windows].astype(np.int64)).to(device))
+    arrays = _answers(rows, ours, theirs, rule, spec.top_k)
     fused = None
     if theirs:
         names_of_fused = ("ids", "logp", "tail", "entropy", "label")
@@ -123,21 +125,18 @@ def _remember(
 
 
 def _answers(
-    ids: Tensor, ours: TeacherRows, theirs: Sequence[TeacherRows], rule: WeightRule | None, top_k: int
+    rows: Rows, ours: TeacherRows, theirs: Sequence[TeacherRows], rule: WeightRule | None, top_k: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """All answers on the windows int64 [W, T]; every array has W * (T - 1) rows (`teachers` columns)."""
-    count, length = ids.shape
-    labels = ids[:, 1:].flatten()
-    target = OnlineTarget(theirs, rule) if rule is not None and theirs else None
-    sequence = torch.arange(count, device=ids.device).repeat_interleave(length - 1)
+    """All answers on the n rows of the windows; every array has n rows (`teachers` columns)."""
+    target = OnlineTarget(theirs, rule, rows) if rule is not None and theirs else None
     out: dict[str, list[Tensor]] = {}
-    for rows in chunks([length - 1] * count, ours.head.shape[0], DEFAULT_CHUNK_BYTES):
-        want = labels[rows].unsqueeze(1)
-        found = {"student": torch.log_softmax(ours.logits(rows), -1).gather(1, want).squeeze(1)}
+    for part in row_ranges(rows, target, ours.head.shape[0], CPU_CHUNK_BYTES):
+        want = rows.labels[part].unsqueeze(1)
+        found = {"student": torch.log_softmax(ours.logits(part), -1).gather(1, want).squeeze(1)}
         if target is not None:
-            alone = [torch.log_softmax(t.logits(rows), -1).gather(1, want).squeeze(1) for t in theirs]
+            alone = [torch.log_softmax(t.logits(part), -1).gather(1, want).squeeze(1) for t in theirs]
             found["teachers"] = torch.stack(alone)
-            found |= _fused(target.chunk(rows, sequence[rows]), want, top_k)
+            found |= _fused(target.chunk(part), want, top_k)
         for name, value in found.items():
             out.setdefault(name, []).append(value)
     return {name: torch.cat(v, dim=-1 if name == "teachers" else 0).cpu().numpy() for name, v in out.items()}

@@ -11,10 +11,12 @@ import torch
 
 from edgestill.compress.corpus import Corpus, training_order
 from edgestill.compress.fusion import WeightRule
+from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.compress.stages import Workspace
 from edgestill.compress.teachers import TeacherFacts
 from edgestill.profiles.load import LoadedRecipe
 from edgestill.profiles.schema import Recipe
+from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Progress
 
 
@@ -41,12 +43,50 @@ class Setting:
     @property
     def listens(self) -> bool:
         """Whether the student hears its teachers at all (a cross-entropy baseline does not)."""
-        return self.recipe.losses.output.weight > 0 or self.recipe.losses.features is not None
+        return self.recipe.losses.output.weight > 0 or self.aligns
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the student is held to what happens inside its teachers."""
+        return self.recipe.losses.features is not None or self.recipe.losses.attention is not None
 
     @property
     def rule(self) -> WeightRule:
-        """How the teachers are weighted and mixed."""
-        return WeightRule.of(self.recipe.fusion, [t.weight for t in self.recipe.teachers], self.vocabulary)
+        """How the teachers are weighted and mixed, as far as that is known without training."""
+        return self.rule_with(None)
+
+    def rule_with(self, policy: SelectionPolicy | None) -> WeightRule:
+        """The same with the policy that selects the teachers under `weights: reinforced`; without it they count alike.
+
+        Raises:
+            BadInput: a teacher of a domain that no text has.
+        """
+        return WeightRule.of(
+            self.recipe.fusion,
+            [t.weight for t in self.recipe.teachers],
+            self.vocabulary,
+            domains=self._claims(),
+            policy=policy,
+        )
+
+    def policy(self) -> SelectionPolicy | None:
+        """A new policy that selects the teachers, if the recipe asks for one."""
+        fusion = self.recipe.fusion
+        if fusion.weights != "reinforced":
+            return None
+        return SelectionPolicy(fusion.reinforced, len(self.teachers), math.log(self.vocabulary)).to(self.device)
+
+    def _claims(self) -> list[frozenset[int]]:
+        """Per teacher, the domains that it answers for."""
+        if self.recipe.fusion.weights != "routed":
+            return []
+        for teacher in self.recipe.teachers:
+            for name in teacher.domains:
+                if name not in self.domains:
+                    raise BadInput(
+                        f"teachers: {teacher.name!r} claims domain {name!r}, but the texts have {', '.join(self.domains)}"
+                    )
+        return [frozenset(self.domains.index(name) for name in t.domains) for t in self.recipe.teachers]
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -68,4 +108,5 @@ class Setting:
         return {
             "fusion": self.recipe.fusion.model_dump(mode="json"),
             "static": [t.weight for t in self.recipe.teachers],
+            "domains": [t.domains for t in self.recipe.teachers],
         }

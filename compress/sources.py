@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from edgestill.profiles.schema import SourceSpec
+from edgestill.profiles.words import Name
 from edgestill.runtime.errors import BadInput
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 ROW_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Suffix -> builder of `datasets`. A single file with any other suffix is plain text."""
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Document:
 
     text: str
     complete: bool = True
+    domain: str | None = None
+    """As its row says under `domain_column`; None: the domain of its source."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Exchange:
     response: str
     where: str
     """File and row, for error messages."""
+    domain: str | None = None
+    """As in `Document`."""
 
 
 def source_name(source: SourceSpec) -> str:
@@ -51,9 +59,16 @@ def source_files(source: SourceSpec, resolve: Callable[[str], Path]) -> list[Pat
     """The files of a local source, sorted; none for a Hub data set.
 
     Raises:
-        BadInput: a missing file or folder, or a folder without text.
+        BadInput: a missing file or folder, a folder without text, or plain text where columns are named.
     """
-    return [] if source.path is None else _files(resolve(source.path), source.path)
+    if source.path is None:
+        return []
+    files = _files(resolve(source.path), source.path)
+    for word in ("prompt_column", "domain_column"):
+        plain = [file for file in files if file.suffix.lower() not in ROW_SUFFIXES]
+        if plain and getattr(source, word) is not None:
+            raise BadInput(f"{plain[0]}: {word} needs rows, this is plain text; use .jsonl or .parquet")
+    return files
 
 
 def source_hash(source: SourceSpec, resolve: Callable[[str], Path]) -> str:
@@ -80,7 +95,8 @@ def read_source(source: SourceSpec, resolve: Callable[[str], Path], cache: Path)
         cache: a folder for what `datasets` must write; the caller deletes it.
 
     Raises:
-        BadInput: a missing file or column, text that is not UTF-8, rows that cannot be parsed, an unreachable Hub.
+        BadInput: a missing file or column, text that is not UTF-8, rows that cannot be parsed, a domain that is no name, an
+            unreachable Hub.
     """
     if source.path is None:
         arguments: dict[str, Any] = {
@@ -91,11 +107,9 @@ def read_source(source: SourceSpec, resolve: Callable[[str], Path], cache: Path)
         }
         yield from _items(source, _rows(source_name(source), cache, arguments), source_name(source))
         return
-    for file in _files(resolve(source.path), source.path):
+    for file in source_files(source, resolve):
         builder = ROW_SUFFIXES.get(file.suffix.lower())
         if builder is None:
-            if source.prompt_column is not None:
-                raise BadInput(f"{file}: prompt_column needs rows, this is plain text; use .jsonl or .parquet")
             yield from _documents(file, source.separator)
         else:
             if builder == "json":
@@ -184,13 +198,15 @@ def _rows(where: str, cache: Path, arguments: dict[str, Any]) -> Iterator[dict[s
 def _items(source: SourceSpec, rows: Iterator[dict[str, Any]], where: str) -> Iterator[Document | Exchange]:
     for number, row in enumerate(rows, start=1):
         at = f"{where}, row {number}"
+        domain = None if source.domain_column is None else _domain(row, source.domain_column, at)
         if source.prompt_column is not None and source.response_column is not None:
             prompt = _messages(_column(row, source.prompt_column, at), source.prompt_column, at)
-            yield Exchange(prompt, _text(_column(row, source.response_column, at), source.response_column, at), at)
+            response = _text(_column(row, source.response_column, at), source.response_column, at)
+            yield Exchange(prompt, response, at, domain)
         else:
             text = _text(_column(row, source.text_column, at), source.text_column, at)
             if text.strip():
-                yield Document(text)
+                yield Document(text, domain=domain)
 
 
 def _column(row: dict[str, Any], column: str, at: str) -> Any:
@@ -203,6 +219,17 @@ def _text(value: Any, column: str, at: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{at}: column {column!r} holds {type(value).__name__}, not text; correct the row or the column")
     return value.replace("\r\n", "\n")
+
+
+def _domain(row: dict[str, Any], column: str, at: str) -> str:
+    value = _column(row, column, at)
+    try:
+        return _NAME.validate_python(value, strict=True)
+    except ValidationError as error:
+        raise BadInput(
+            f"{at}: column {column!r} holds {repr(value)[:80]}, which names no domain (up to 64 letters, digits, _ . and -, a "
+            "letter or digit first); correct the row or the column"
+        ) from error
 
 
 def _messages(value: Any, column: str, at: str) -> tuple[dict[str, str], ...]:

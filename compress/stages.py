@@ -110,7 +110,7 @@ class Workspace:
             run: writes into the folder it is given (which may hold what an interrupted run left) and returns facts
                 about the result, JSON-able.
         """
-        key = hashlib.sha256(canonical_json({"name": name, **inputs})).hexdigest()[:12]
+        key = stage_key(name, inputs)
         final = self.root / "work" / f"{name}-{key}"
         partial = final.with_name(final.name + ".partial")
         if self.force:
@@ -148,6 +148,23 @@ class Workspace:
             shutil.rmtree(folder)
             return None
         return dict(info)
+
+
+class Keys(Workspace):
+    """The same folder, asked what its stages are called: none is run, and what a finished one reported is not read."""
+
+    def stage(
+        self, name: str, title: str, inputs: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any] | None]
+    ) -> Stage:
+        """The stage as it would be; `reused` says whether its folder is there."""
+        key = stage_key(name, inputs)
+        folder = self.root / "work" / f"{name}-{key}"
+        return Stage(name, folder, key, {}, folder.is_dir(), 0.0)
+
+
+def stage_key(name: str, inputs: Mapping[str, Any]) -> str:
+    """12 hex digits that change with anything the stage depends on."""
+    return hashlib.sha256(canonical_json({"name": name, **inputs})).hexdigest()[:12]
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -1,25 +1,34 @@
-"""The student: from a configuration of its own, or from a teacher by keeping layers. Always a normal checkpoint.
+"""The student: from a configuration of its own, or from a teacher that is cut down. Always a checkpoint of its family.
 
 `student_config` says what it will be, and refuses what cannot be, before anything is trained or allocated; `make_student`
-gives it weights.
+gives it weights. A teacher loses layers first (layer_choice.py), then width (narrow.py), then rank (low_rank.py).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from edgestill.compress.importance import Calibration
+from edgestill.compress.layer_choice import block_influence, most_influential, remove_one_by_one
 from edgestill.compress.layer_map import kept_layers
+from edgestill.compress.local_distillation import make_low_rank
+from edgestill.compress.low_rank import FIELD as LOW_RANK
+from edgestill.compress.low_rank import plan_low_rank
+from edgestill.compress.narrow import narrow, narrow_config
+from edgestill.compress.packing import Part
 from edgestill.compress.teacher_files import read_config
 from edgestill.compress.teachers import TeacherFacts, decoder_blocks
 from edgestill.profiles.nearest import nearest
 from edgestill.profiles.schema import StudentSpec
 from edgestill.runtime.errors import BadInput
+from edgestill.runtime.progress import Task
 
 LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers")
 """Names of the depth in Hugging Face configurations."""
@@ -35,42 +44,120 @@ SIZES = (
 """Fields (under the family's own names) that count something."""
 
 
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class NewStudent:
+    """A student before training, float32 on the CPU, in evaluation mode.
+
+    origin: the teacher's layer that each layer was copied from; None for a student from scratch. notes: JSON-able facts for the
+    log: layers, and as far as they were asked for block_influence, removed, narrow, low_rank.
+    """
+
+    model: PreTrainedModel
+    origin: tuple[int, ...] | None
+    notes: dict[str, Any]
+
+
 def student_config(spec: StudentSpec, teachers: list[TeacherFacts], vocabulary: int) -> PretrainedConfig:
     """The configuration of the student that the recipe describes; no weight is read or allocated.
 
+    Where calibration text chooses the layers, it is that of as many evenly spaced ones.
+
     Raises:
-        BadInput: an unknown model_type or field, sizes that do not fit together, a layer that is not there.
+        BadInput: an unknown model_type or field, sizes that do not fit together, a layer that is not there, more than the
+            teacher has, a family that cannot be narrowed or factored.
     """
+    if spec.choose != "uniform" and spec.layers is None:
+        raise BadInput(
+            f"student.choose: {spec.choose} chooses among a teacher's layers; give `layers`, or remove choose"
+        )
     if spec.init == "config":
         return _own_config(dict(spec.config or {}), teachers[0], vocabulary)
     teacher = _source(spec, teachers)
     config = read_config(teacher.path, teacher.name, trust_remote_code=False)
+    if getattr(config, LOW_RANK, None) is not None:
+        raise BadInput(
+            f"student.init: teacher {teacher.name!r} has low-rank layers, which are not cut again; start from a plain model"
+        )
     _keep_in_config(config, _kept(spec, teacher))
     config.vocab_size = vocabulary
+    if spec.narrow is not None:
+        narrow_config(config, spec.narrow, teacher.name)
+    if spec.low_rank is not None:
+        plan_low_rank(config, spec.low_rank, teacher.name)
     return config
 
 
-def make_student(spec: StudentSpec, teachers: list[TeacherFacts], vocabulary: int, seed: int) -> PreTrainedModel:
-    """A float32 student on the CPU with the teachers' vocabulary, special ids included.
+def make_student(
+    spec: StudentSpec,
+    teachers: list[TeacherFacts],
+    vocabulary: int,
+    seed: int,
+    *,
+    text: Part | None = None,
+    device: torch.device = CPU,
+    task: Task | None = None,
+) -> NewStudent:
+    """A student with the teachers' vocabulary, special ids included.
 
     Args:
         vocabulary: real size of the shared tokenizer; a kept teacher's padded rows are cut off.
+        text: the training part; only read where importance is measured (choose, narrow, low_rank).
+        device: where it is measured.
+        task: advanced by calibration tokens, once per pass; its note says what is measured.
 
     Raises:
         BadInput: as `student_config`.
+        ValueError: importance is to be measured, and there is no text.
     """
     config = student_config(spec, teachers, vocabulary)
     if spec.init == "config":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return model
+        return NewStudent(model, None, {})
     teacher = _source(spec, teachers)
-    model = AutoModelForCausalLM.from_pretrained(teacher.path, dtype=torch.float32)
-    _keep_layers(model, _kept(spec, teacher))
+    calibration = _calibration(spec, text)
+    model = AutoModelForCausalLM.from_pretrained(teacher.path, dtype=torch.float32).to(device)
+    kept, notes = _chosen(spec, teacher, model, calibration, task)
+    _keep_layers(model, kept)
     if model.get_input_embeddings().weight.shape[0] != vocabulary:
         model.resize_token_embeddings(vocabulary)
-    return model
+    if spec.narrow is not None and calibration is not None:
+        model, notes["narrow"] = narrow(model, spec.narrow, calibration, task)
+    if spec.low_rank is not None and calibration is not None:
+        notes["low_rank"] = make_low_rank(model, spec.low_rank, calibration, seed, task)
+    return NewStudent(model.eval().to(CPU), tuple(kept), notes)
+
+
+def _calibration(spec: StudentSpec, text: Part | None) -> Calibration | None:
+    """The windows on which importance is measured, or None where nothing is."""
+    if spec.choose == "uniform" and spec.narrow is None and spec.low_rank is None:
+        return None
+    if text is None:
+        raise ValueError("importance is measured on the training part; pass `text`")
+    return Calibration.of(text, spec.calibration_tokens)
+
+
+def _chosen(
+    spec: StudentSpec,
+    teacher: TeacherFacts,
+    model: PreTrainedModel,
+    calibration: Calibration | None,
+    task: Task | None,
+) -> tuple[list[int], dict[str, Any]]:
+    """The layers to keep, ascending, and what is to be said of the choice."""
+    kept = _kept(spec, teacher)
+    notes: dict[str, Any] = {}
+    if spec.choose == "block_influence" and calibration is not None:
+        influence = block_influence(model, calibration, task)
+        kept, notes["block_influence"] = most_influential(influence, len(kept)), [round(x, 6) for x in influence]
+    elif spec.choose == "iterative" and calibration is not None:
+        kept, removals = remove_one_by_one(model, teacher, calibration, len(kept), task)
+        notes["removed"] = [asdict(removal) for removal in removals]
+    return kept, {"layers": kept, **notes}
 
 
 # a configuration of its own -----------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ stored tokens. Both fill `weights` and `entropies` [K, n] for the log.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgestill.compress.divergence import LOG_TINY
-from edgestill.compress.fusion import FusionAccumulator, WeightRule, entropy_of
+from edgestill.compress.divergence import LOG_TINY, row_dot
+from edgestill.compress.fusion import Evidence, FusionAccumulator, WeightRule
+from edgestill.compress.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ class Target(Protocol):
     weights: Tensor
     entropies: Tensor
 
-    def chunk(self, rows: slice, sequence: Tensor) -> Dense | Buckets:
-        """The target of `rows`; `sequence` int64 [rows] tells which rows belong together."""
+    def cut_anywhere(self, most: int) -> bool:
+        """Whether `chunk` may be asked for any rows; False: for whole sequences only, of which none has more than `most`."""
+
+    def chunk(self, part: slice) -> Dense | Buckets:
+        """The target of these rows."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,15 @@ class TeacherRows:
         return torch.nn.functional.linear(self.hidden[rows].to(dtype), self.head.to(dtype), bias).float()
 
 
+def softmax_facts(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, log of the normaliser): softmax [rows, V] of logits and its log-sum-exp [rows], with one exponential an element.
+
+    The most likely token tells the normaliser: lse = max z - log max p, and max p >= 1 / V is far from underflow.
+    """
+    p = torch.softmax(logits, -1)
+    return p, logits.amax(-1) - p.amax(-1).log()
+
+
 class OnlineTarget:
     """Teachers at work now."""
 
@@ -73,32 +87,82 @@ class OnlineTarget:
         self,
         teachers: Sequence[TeacherRows],
         rule: WeightRule,
+        rows: Rows,
         *,
         temperature: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        rows = teachers[0].hidden.shape[0]
-        device = teachers[0].hidden.device
         self.teachers = list(teachers)
         self.rule = rule
+        self.rows = rows
         self.temperature = temperature
         self.dtype = dtype
-        self.weights = torch.zeros(len(self.teachers), rows, device=device)
-        self.entropies = torch.zeros(len(self.teachers), rows, device=device)
+        self.weights = torch.zeros(
+            len(self.teachers), rows.labels.numel(), device=rows.labels.device, dtype=torch.float32
+        )
+        self.entropies = torch.zeros_like(self.weights)
+        self._scores: list[Tensor] | None = None
 
-    def chunk(self, rows: slice, sequence: Tensor) -> Dense:
+    def cut_anywhere(self, most: int) -> bool:
+        """Weights that pool over a sequence longer than a chunk are worked out in advance: its logits are made twice, the
+        price of a memory bound."""
+        if not self.rule.pools:
+            return True
+        if max(self.rows.lengths, default=0) <= most:
+            return False
+        self._scores = [self._scored(k, most) for k in range(len(self.teachers))]
+        return True
+
+    def chunk(self, part: slice) -> Dense:
         """Every teacher's logits once, one [rows, V] accumulator for the mix."""
         fused = FusionAccumulator(self.rule, len(self.teachers))
         for k, teacher in enumerate(self.teachers):
-            logits = teacher.logits(rows, self.dtype)
-            entropy = torch.zeros(logits.shape[0], device=logits.device)
-            if self.rule.by_entropy:
-                entropy = entropy_of(torch.log_softmax(logits / teacher.calibration, -1))
-                self.entropies[k, rows] = entropy
-            tempered = logits if self.temperature == 1 else logits / self.temperature
-            fused.add(fused.term(tempered), self.rule.score(k, entropy, sequence))
-        p, log_p, self.weights[:, rows] = fused.finish()
+            logits = teacher.logits(part, self.dtype)
+            p, lse = softmax_facts(logits)
+            if self._scores is not None:
+                score = self._scores[k][part]
+            else:
+                self.entropies[k, part] = self._entropy(teacher, logits, p, lse)
+                score = self.rule.score(k, self._evidence(k, part, self._label(part, logits, lse)))
+            fused.add(self._term(logits, p), score)
+        p, log_p, self.weights[:, part] = fused.finish()
         return Dense(p, log_p)
+
+    def _scored(self, k: int, most: int) -> Tensor:
+        """Log-weights [n] of one teacher from a pass of its own over its logits."""
+        total = self.rows.labels.numel()
+        labels = torch.zeros_like(self.entropies[k])
+        for start in range(0, total, most):
+            part = slice(start, min(start + most, total))
+            logits = self.teachers[k].logits(part, self.dtype)
+            p, lse = softmax_facts(logits)
+            self.entropies[k, part] = self._entropy(self.teachers[k], logits, p, lse)
+            labels[part] = self._label(part, logits, lse)
+        return self.rule.score(k, self._evidence(k, slice(0, total), labels))
+
+    def _entropy(self, teacher: TeacherRows, logits: Tensor, p: Tensor, lse: Tensor) -> Tensor:
+        """At the calibration temperature, nats [rows]; 0 when the rule does not ask for it."""
+        if not self.rule.needs_entropy:
+            return torch.zeros_like(lse)
+        if teacher.calibration == 1:
+            return lse - row_dot(p, logits)
+        scaled = logits / teacher.calibration
+        tempered, normaliser = softmax_facts(scaled)
+        return normaliser - row_dot(tempered, scaled)
+
+    def _label(self, part: slice, logits: Tensor, lse: Tensor) -> Tensor:
+        """log p of the true tokens [rows]; 0 when the rule does not ask for it."""
+        if not self.rule.needs_labels:
+            return torch.zeros_like(lse)
+        return logits.gather(1, self.rows.labels[part].unsqueeze(1)).squeeze(1) - lse
+
+    def _evidence(self, k: int, part: slice, label: Tensor) -> Evidence:
+        return Evidence(self.entropies[k, part], label, self.rows.sequence[part], self.rows.domain[part])
+
+    def _term(self, logits: Tensor, p: Tensor) -> Tensor:
+        if self.rule.geometric:
+            return torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, -1)
+        return p if self.temperature == 1 else torch.softmax(logits / self.temperature, -1)
 
 
 @dataclass(frozen=True)
@@ -109,45 +173,87 @@ class CachedAnswers:
     log_p: Tensor
     tail_log_p: Tensor
     entropy: Tensor
+    label_log_p: Tensor
+    distinct: bool = True
+    """False: a token may stand in several slots of a row, with the same value (draws)."""
 
 
 class CachedTarget:
     """Teachers' stored answers, fused on the union of their tokens (methods: a token that teacher k did not store gets an
     equal share of its tail, but never more than its smallest stored probability)."""
 
-    def __init__(self, teachers: Sequence[CachedAnswers], rule: WeightRule, vocabulary: int) -> None:
+    def __init__(self, teachers: Sequence[CachedAnswers], rule: WeightRule, rows: Rows, vocabulary: int) -> None:
         self.teachers = list(teachers)
         self.rule = rule
+        self.rows = rows
         self.vocabulary = vocabulary
         self.entropies = torch.stack([t.entropy for t in self.teachers])
         self.weights = torch.zeros_like(self.entropies)
+        self._lookup = Lookup(vocabulary)
+        self._scores = [
+            rule.score(k, Evidence(t.entropy, t.label_log_p, rows.sequence, rows.domain))
+            for k, t in enumerate(self.teachers)
+        ]
 
-    def chunk(self, rows: slice, sequence: Tensor) -> Buckets:
-        """One lookup table [rows, V], used for each teacher in turn."""
-        ids = torch.cat([t.ids[rows] for t in self.teachers], dim=1)
-        ids, used = _without_repeats(ids)
+    def cut_anywhere(self, most: int) -> bool:
+        """All that the weights depend on is stored, so they are known."""
+        return True
+
+    def chunk(self, part: slice) -> Buckets:
+        """Every stored token of every teacher once; what the others say of it is looked up."""
+        ids = torch.cat([t.ids[part] for t in self.teachers], dim=1)
+        used = (
+            self._lookup.first(ids)
+            if len(self.teachers) > 1 or self._repeats
+            else torch.ones_like(ids, dtype=torch.bool)
+        )
+        tokens = used.sum(1)
         fused = FusionAccumulator(self.rule, len(self.teachers))
-        table = torch.empty(ids.shape[0], self.vocabulary, device=ids.device)
         for k, teacher in enumerate(self.teachers):
-            stored, tail = teacher.log_p[rows], teacher.tail_log_p[rows]
-            unstored = self.vocabulary - stored.shape[1]
-            share = (tail - torch.log(torch.tensor(float(max(unstored, 1)), device=tail.device))).clamp_min(LOG_TINY)
-            share = torch.minimum(share, stored.amin(1))
-            table.copy_(share.unsqueeze(1).expand_as(table)).scatter_(1, teacher.ids[rows], stored)
-            log_p = table.gather(1, ids)
-            taken = (used.sum(1) - stored.shape[1]).clamp_min(0) / max(
-                unstored, 1
-            )  # of the tail, by the others' tokens
-            rest = tail.clamp_min(LOG_TINY) + torch.log1p(-taken.clamp_max(1 - 1e-6))
-            log_p = torch.cat([log_p.masked_fill(~used, LOG_TINY), rest.unsqueeze(1)], dim=1)
-            fused.add(fused.term(log_p.clamp_min(LOG_TINY)), self.rule.score(k, teacher.entropy[rows], sequence))
-        _, log_p, self.weights[:, rows] = fused.finish()
+            stored, tail = teacher.log_p[part], teacher.tail_log_p[part].clamp_min(LOG_TINY)
+            unstored = max(self.vocabulary - stored.shape[1], 1)
+            share = torch.minimum(tail - math.log(unstored), stored.amin(1)).clamp_min(LOG_TINY)
+            log_p = self._lookup.values(teacher.ids[part], stored, ids, share)
+            taken = (tokens - stored.shape[1]).clamp_min(0) / unstored  # of the tail, by the others' tokens
+            rest = tail + torch.log1p(-taken.clamp_max(1 - 1e-6))
+            log_p = torch.cat([log_p.masked_fill(~used, LOG_TINY), rest.unsqueeze(1)], dim=1).clamp_min(LOG_TINY)
+            term = torch.log_softmax(log_p, -1) if self.rule.geometric else torch.softmax(log_p, -1)
+            fused.add(term, self._scores[k][part])
+        _, log_p, self.weights[:, part] = fused.finish()
         return Buckets(ids, used, log_p)
 
+    @property
+    def _repeats(self) -> bool:
+        """Whether one teacher may hold a token twice: draws that fell on the same token leave repeats."""
+        return any(not t.distinct for t in self.teachers)
 
-def _without_repeats(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort each row of ids [n, u]; `used` is False where a token repeats its left neighbour."""
-    ids = ids.sort(dim=1).values
-    used = torch.ones_like(ids, dtype=torch.bool)
-    used[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    return ids, used
+
+class Lookup:
+    """Values by token within each row, through one scratch table [rows, V] that is cleaned only where it was written."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self._table: Tensor | None = None
+
+    def values(self, keys: Tensor, values: Tensor, asked: Tensor, default: Tensor) -> Tensor:
+        """For each row of `asked` int64 [rows, u] the value [rows, k] that stands beside it in `keys` [rows, k], or `default`
+        [rows]. A key that stands twice must carry one value."""
+        table = self._ready(keys)
+        table.scatter_(1, keys, values.float())
+        found = table.gather(1, asked)
+        table.scatter_(1, keys, float("inf"))
+        return torch.where(found == float("inf"), default.unsqueeze(1), found)
+
+    def first(self, ids: Tensor) -> Tensor:
+        """bool [rows, u]: True at one place of every distinct token of a row."""
+        table = self._ready(ids)
+        places = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32).expand(ids.shape)
+        table.scatter_(1, ids, places)
+        found = table.gather(1, ids)
+        table.scatter_(1, ids, float("inf"))
+        return found == places
+
+    def _ready(self, like: Tensor) -> Tensor:
+        if self._table is None or self._table.shape[0] < like.shape[0]:
+            self._table = torch.full((like.shape[0], self.vocabulary), float("inf"), device=like.device)
+        return self._table[: like.shape[0]]

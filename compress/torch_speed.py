@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from edgestill.runtime.errors import BadInput
 
@@ -70,12 +71,13 @@ def measure(model_path: Path, precision: str, *, prompt_tokens: int, new_tokens:
     import numpy as np
     import psutil
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from edgestill.compress.low_rank import load_student
 
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype).to(device).eval()
+    model: Any = load_student(model_path, dtype).to(device)
     rng = np.random.default_rng(0)
     first: list[float] = []
     between: list[float] = []

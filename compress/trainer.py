@@ -8,59 +8,32 @@ every step (off). The order of the windows is computed before, so a resumed run 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from edgestill.compress.corpus import Part
-from edgestill.compress.distill_module import IGNORE, DistillModule
+from edgestill.compress.distill_module import DistillModule
+from edgestill.compress.on_policy import OnPolicy
+from edgestill.compress.processes import world
 from edgestill.compress.stages import explained_write_errors
 from edgestill.compress.teachers import native_bfloat16
+from edgestill.compress.training_log import LOG, JsonLog
+from edgestill.compress.windows import OrderedWindows, collate
 from edgestill.profiles.schema import TrainSpec
 from edgestill.runtime.progress import Task
 
-LOG = "training.jsonl"
 MODULE = "module.safetensors"
 LOG_EVERY = 10
 KEPT_CHECKPOINTS = 2
 COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", MODULE)
 """Files without which a checkpoint is not resumed."""
-
-
-class OrderedWindows(Dataset[dict[str, Tensor]]):
-    """The training windows in the order they will be seen; item i is the i-th window of the whole run."""
-
-    def __init__(self, part: Part, order: npt.NDArray[np.int64]) -> None:
-        self.part, self.order = part, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, items: list[int]) -> list[dict[str, Tensor]]:
-        windows = self.order[items]
-        ids = torch.from_numpy(self.part.token_ids[windows].astype(np.int64))
-        labels = ids.clone()
-        labels[:, 0] = IGNORE
-        if self.part.loss_mask is not None:
-            labels[torch.from_numpy(self.part.loss_mask[windows] == 0)] = IGNORE
-        domain = torch.from_numpy(self.part.domain[windows].astype(np.int64))
-        return [
-            {"input_ids": ids[i], "labels": labels[i], "windows": torch.tensor(windows[i]), "domain": domain[i]}
-            for i in range(len(items))
-        ]
 
 
 def autocast_bfloat16(spec: TrainSpec, device: torch.device) -> bool:
@@ -87,13 +60,16 @@ def train(
     Returns:
         Facts: steps, tokens, seconds, tokens_per_s, precision.
     """
-    tokens_per_step = spec.batch_size * spec.gradient_accumulation * data.part.token_ids.shape[1]
+    tokens_per_step = spec.batch_size * spec.gradient_accumulation * data.part.token_ids.shape[1]  # of all processes
     steps = -(-spec.tokens // tokens_per_step)
     arguments = _arguments(spec, steps, folder)
     _forget_incomplete(folder)
     complete = _checkpoints(folder)
     log = JsonLog(folder / LOG, module, task, tokens_per_step, names)
-    trainer = DistillTrainer(model=module, args=arguments, train_dataset=data, callbacks=[log])
+    on_policy = OnPolicy(spec.on_policy, spec.seed) if spec.on_policy is not None else None
+    trainer = DistillTrainer(
+        model=module, args=arguments, train_dataset=data, data_collator=collate, callbacks=[log], on_policy=on_policy
+    )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     started = time.perf_counter()
@@ -142,21 +118,35 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path) -> TrainingArguments:
 class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported untyped
     """Our loss, our order, atomic checkpoints."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, on_policy: OnPolicy | None = None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, over the accumulation window
+        self._on_policy = on_policy
+        self._place = (-1, 0)
+        """Optimizer step, and micro-step within it."""
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         if num_items_in_batch is None:
-            num_items_in_batch = (inputs["labels"] != IGNORE).sum()
+            raise RuntimeError("the Trainer did not count the labels of the accumulation window")
+        if self._on_policy is not None and self._on_policy.due(micro_step := self._micro_step()):
+            with self.accelerator.autocast():  # the Trainer casts within the module's forward only
+                written = self._on_policy.rewrite(self.model.student, inputs["input_ids"], micro_step)
+            inputs = {**inputs, "input_ids": written, "own": True}
         loss: Tensor = model(**inputs, normaliser=num_items_in_batch.clamp_min(1))
-        return loss
+        return loss * world()[0]  # DDP takes the mean over the processes of what is already a share of all labels
+
+    def _micro_step(self) -> int:
+        """Number of this micro-step in the whole run, also after a resume."""
+        step, micro = self._place
+        now = self.state.global_step
+        self._place = (now, micro + 1 if step == now else 0)
+        return int(now * self.args.gradient_accumulation_steps + self._place[1])
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -195,76 +185,6 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_into or str(super()._get_output_dir(trial))
-
-
-class JsonLog(TrainerCallback):  # type: ignore[misc]
-    """One JSON object per log interval; rows past the resumed step are dropped, so a killed run leaves one clean log."""
-
-    def __init__(
-        self, path: Path, module: DistillModule, task: Task, tokens_per_step: int, names: dict[str, tuple[str, ...]]
-    ) -> None:
-        self.path, self.module, self.task = path, module, task
-        self.tokens_per_step, self.names = tokens_per_step, names
-        self.first_step = 0
-        self._last = (0, time.perf_counter())
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.first_step = state.global_step
-        rows = read_log(self.path) if self.path.exists() else []
-        kept = [row for row in rows if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._last = (state.global_step, time.perf_counter())
-        if state.global_step:
-            self.task.advance(state.global_step * self.tokens_per_step, f"resumed at step {state.global_step}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last steps have their row too
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if not logs or "grad_norm" not in logs:
-            return  # the Trainer's closing summary
-        sums = self.module.meter.read()
-        now = time.perf_counter()
-        steps = state.global_step - self._last[0]
-        labels = max(float(sums["labels"]), 1.0)
-        row: dict[str, Any] = {
-            "step": state.global_step,
-            "tokens": state.global_step * self.tokens_per_step,
-            "loss": logs["loss"],
-            "output": float(sums["output"]) / labels,
-            "cross_entropy": float(sums["cross_entropy"]) / labels,
-            "learning_rate": logs["learning_rate"],
-            "grad_norm": logs["grad_norm"],
-            "tokens_per_s": round(steps * self.tokens_per_step / (now - self._last[1]), 1),
-        }
-        if "features" in sums:
-            row["features"] = float(sums["features"]) / labels
-        if "weights" in sums:
-            for name in ("weights", "entropies"):
-                row[name] = self._per_domain(sums[name], sums["rows"])
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
-        self._last = (state.global_step, now)
-        shown = ["output", "cross_entropy", *(["features"] if "features" in row else [])]
-        self.task.advance(steps * self.tokens_per_step, " ".join(f"{name} {row[name]:.3f}" for name in shown))
-
-    def _per_domain(self, sums: Tensor, rows: Tensor) -> dict[str, dict[str, float]]:
-        """{domain: {teacher: mean}}; domains without a row in this interval are left out."""
-        return {
-            domain: {t: round(float(sums[k, d] / rows[d]), 4) for k, t in enumerate(self.names["teachers"])}
-            for d, domain in enumerate(self.names["domains"])
-            if rows[d] > 0
-        }
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of training.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
 
 
 def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from edgestill.compress import distill
 from edgestill.compress.corpus import held_out_part
+from edgestill.compress.low_rank import load_student
 from edgestill.compress.reference import choose_windows, make_reference
 from edgestill.compress.sources import source_files, source_hash
 from edgestill.compress.stages import Workspace
@@ -122,7 +122,7 @@ def _float_answers(checkpoint: Path, weights: str, text: Path, space: Workspace,
     def answer(folder: Path) -> dict[str, Any]:
         longest = size_of_config(load_config(checkpoint)).max_tokens
         part = held_out_part(text, checkpoint, min(256, longest), folder / "reading")
-        student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        student = load_student(checkpoint, torch.float32)
         with progress.task("held-out answers", len(choose_windows(part, spec.tokens)), "windows") as task:
             made = make_reference(part, ["text"], spec, [], [], None, student, batch_size=8, task=task)
         save_reference(made, folder)

@@ -74,11 +74,14 @@ def size_of_config(config: Mapping[str, Any] | Any) -> ModelSize:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from edgestill.compress.low_rank import factor_layers
+
     try:
         if isinstance(config, Mapping):
             config = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            factor_layers(model)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as wrong:
         fields = config if isinstance(config, Mapping) else config.to_dict()
         raise BadInput(

@@ -88,20 +88,14 @@ def _require_exporter(model_type: str) -> None:
 def _trace(checkpoint: Path, folder: Path) -> None:
     """Let Optimum write model.onnx (and what else it likes) into `folder`."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from edgestill.compress.low_rank import load_student
 
     with _quiet(), _random_state_kept(), _trace_warnings_ignored():
         from optimum.exporters.onnx import onnx_export_from_model
 
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
+            model = load_student(checkpoint, torch.float32, attention="eager")
         except OSError as missing:
             why = str(missing)[:120]
             raise BadInput(f"{checkpoint}: no safetensors weights that load ({why}); use save_pretrained") from missing

@@ -129,11 +129,10 @@ def float_limit(logits: F32) -> float:
 def torch_logits(checkpoint: Path, token_ids: Ids) -> F32:
     """Logits [W, T, V] of the checkpoint in float32 by torch, one window at a time, without a cache."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    ).eval()
+    from edgestill.compress.low_rank import load_student
+
+    model: Any = load_student(checkpoint, torch.float32)
     with torch.no_grad():
         windows = [model(torch.from_numpy(w[None].astype(np.int64)), use_cache=False).logits[0] for w in token_ids]
     return np.stack([window.numpy() for window in windows])

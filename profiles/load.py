@@ -22,7 +22,16 @@ from edgestill.profiles.schema import LimitsFile, Profile, Recipe, Words
 from edgestill.profiles.strict_yaml import Document, Problem, read_yaml
 from edgestill.runtime.errors import BadInput
 
-__all__ = ["LoadedProfile", "LoadedRecipe", "load_limits", "load_profile", "load_recipe", "packaged"]
+__all__ = [
+    "LoadedProfile",
+    "LoadedRecipe",
+    "load_limits",
+    "load_profile",
+    "load_recipe",
+    "packaged",
+    "read_text",
+    "refusal",
+]
 
 MAX_BYTES = 1 << 20
 """A recipe or profile is a page of text; more is the wrong file."""
@@ -77,7 +86,7 @@ def load_profile(name_or_path: str) -> LoadedProfile:
     problem = precision_problem(profile)
     if problem is not None:
         where = ("precision", "weights")
-        raise _refusal(shown, [Problem(document.line_of(where), where, problem)])
+        raise refusal(shown, [Problem(document.line_of(where), where, problem)])
     return LoadedProfile(profile, name, path, text)
 
 
@@ -89,7 +98,7 @@ def load_limits(path: Path) -> dict[str, float]:
     """
     if not path.is_file():
         raise BadInput(f"{path}: there is no such file; write one with `format: 1` and `limits:`")
-    found, _ = _validate(_read(path, str(path), "file of limits"), str(path), LimitsFile)
+    found, _ = _validate(read_text(path, str(path), "file of limits"), str(path), LimitsFile)
     return dict(found.limits)
 
 
@@ -97,10 +106,15 @@ def _open(name_or_path: str, kind: Kind) -> tuple[str, Path, str, str]:
     """(name, absolute path, path as shown to the user, text)."""
     path = find(name_or_path, kind)
     shown = f"{name_or_path}.yaml" if path.stem == name_or_path else name_or_path
-    return name_of(name_or_path), path, shown, _read(path, shown, kind[:-1])
+    return name_of(name_or_path), path, shown, read_text(path, shown, kind[:-1])
 
 
-def _read(path: Path, shown: str, what: str) -> str:
+def read_text(path: Path, shown: str, what: str) -> str:
+    """The text of a file of words, which messages call `shown`; `what` it is, in words.
+
+    Raises:
+        BadInput: it cannot be read, is far too long, or is not UTF-8.
+    """
     try:
         raw = path.read_bytes()
     except PermissionError:
@@ -131,10 +145,11 @@ def _validate(text: str, shown: str, model: type[W]) -> tuple[W, Document]:
         else:
             if not problems:
                 return words, document
-    raise _refusal(shown, problems)
+    raise refusal(shown, problems)
 
 
-def _refusal(shown: str, problems: list[Problem]) -> BadInput:
+def refusal(shown: str, problems: list[Problem]) -> BadInput:
+    """One line per problem of the file that messages call `shown`, in the order of its lines."""
     lines = []
     for problem in sorted(problems, key=lambda p: p.line):
         where = f" {key_words(problem.path)}:" if problem.path else ""

@@ -16,7 +16,7 @@ HOME = Path(__file__).parent
 FOLDERS: dict[Kind, Path] = {"recipes": HOME / "recipes", "profiles": HOME}
 SUFFIXES = (".yaml", ".yml")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-RESERVED = ("work", "build.json", "student")
+RESERVED = ("work", "build.json", "student", "ablate")
 """Names of the folder of a build (ARCHITECTURE.md); a profile's bundle lies beside them under the profile's name."""
 
 

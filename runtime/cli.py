@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgestill.runtime import commands_build, commands_bundle, commands_profiles, commands_text
+from edgestill.runtime import commands_ablate, commands_build, commands_bundle, commands_profiles, commands_text
 from edgestill.runtime.errors import EdgestillError
 
 EX_SOFTWARE = 70
@@ -85,6 +85,7 @@ for name, command, summary in (
     ("build", commands_build.build, "Run every stage: distil, export, judge"),
     ("plan", commands_build.plan, "Resolve a recipe and print what would run"),
     ("distill", commands_build.distill, "Train the student only"),
+    ("ablate", commands_ablate.ablate, "Compare a recipe with its baselines"),
     ("export", commands_build.export, "Turn a checkpoint into a judged bundle"),
     ("check", commands_bundle.check, "Judge a bundle on this machine"),
     ("bench", commands_bundle.bench, "Measure speed and memory, without a verdict"),

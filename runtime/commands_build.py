@@ -21,7 +21,7 @@ ProfilesOption = Annotated[
 ]
 
 
-def _upper(module: str) -> ModuleType:
+def upper(module: str) -> ModuleType:
     """A module of a floor above: by name, because `runtime` imports none of them (ARCHITECTURE.md)."""
     return importlib.import_module(f"edgestill.{module}")
 
@@ -44,11 +44,11 @@ def build(
         edgestill build quickstart --profile cpu-x86 --profile cpu-arm64
     """
     progress = Progress()
-    locate = _upper("profiles.locate")
+    locate = upper("profiles.locate")
     folder = out if out is not None else Path("build") / locate.name_of(recipe)
     try:
         with writing(folder):
-            verdict = _upper("export.build").build(
+            verdict = upper("export.build").build(
                 recipe=recipe, profiles=profile, out=out, force=force, progress=progress
             )
     except KeyboardInterrupt:
@@ -66,7 +66,7 @@ def plan(recipe: RecipeArgument, profile: ProfilesOption) -> None:
     Example:
         edgestill plan my/recipe.yaml --profile my/device.yaml
     """
-    print_rows(_upper("export.build").plan(recipe=recipe, profiles=profile))
+    print_rows(upper("export.build").plan(recipe=recipe, profiles=profile))
 
 
 def distill(
@@ -82,7 +82,7 @@ def distill(
     progress = Progress()
     try:
         with writing(out):
-            _upper("compress.distill").distill(recipe=recipe, out=out, progress=progress)
+            upper("compress.distill").distill(recipe=recipe, out=out, progress=progress)
     except KeyboardInterrupt:
         progress.say("stopped; the same command goes on from here")
         raise
@@ -111,10 +111,10 @@ def export(
             --held-out my/held_out.txt
     """
     with writing(out):
-        verdict = _upper("export.build").export_checkpoint(
+        verdict = upper("export.build").export_checkpoint(
             checkpoint=checkpoint, profile=profile, out=out, held_out=held_out, limits=limits, progress=Progress()
         )
-    name = _upper("profiles.locate").name_of(profile)
+    name = upper("profiles.locate").name_of(profile)
     _print_stored(out / name if (out / name).is_dir() else out)
     finish(verdict)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from edgestill.runtime.errors import MissingPart
@@ -32,12 +33,34 @@ def figures(report: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | N
     Raises:
         MissingPart: matplotlib is not installed.
     """
+    makers: list[tuple[str, Callable[[], Any]]] = [
+        ("Perplexity on the held-out tokens, beside the teachers (lower is better).", lambda: perplexity_bars(report)),
+        ("Losses over training.", lambda: loss_curves(training or [])),
+        (
+            "Mean weight of each teacher over training, by the domain of the text.",
+            lambda: teacher_weights(training or []),
+        ),
+        ("Latencies; the dashed line is the median.", lambda: latency_histograms(report.get("samples", {}))),
+        ("Resident memory of the measuring process.", lambda: memory_over_time(report.get("memory_timeline", {}))),
+    ]
+    with style():
+        made = [(caption, make()) for caption, make in makers]
+        return [(caption, _svg(figure)) for caption, figure in made if figure is not None]
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The house's look for every figure that is made and saved within.
+
+    Raises:
+        MissingPart: matplotlib is not installed.
+    """
     try:
         import matplotlib as mpl
     except ModuleNotFoundError as missing:
-        raise MissingPart("report.html needs matplotlib", "run pip install 'edgestill[report]'") from missing
+        raise MissingPart("plots need matplotlib", "run pip install 'edgestill[report]'") from missing
 
-    style = {
+    words = {
         "svg.hashsalt": "edgestill",  # ids of the SVG do not change from run to run
         "svg.fonttype": "path",
         "font.size": 9,
@@ -57,19 +80,8 @@ def figures(report: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | N
         "axes.formatter.use_mathtext": False,
         "text.parse_math": False,
     }
-    makers: list[tuple[str, Callable[[], Any]]] = [
-        ("Perplexity on the held-out tokens, beside the teachers (lower is better).", lambda: perplexity_bars(report)),
-        ("Losses over training.", lambda: loss_curves(training or [])),
-        (
-            "Mean weight of each teacher over training, by the domain of the text.",
-            lambda: teacher_weights(training or []),
-        ),
-        ("Latencies; the dashed line is the median.", lambda: latency_histograms(report.get("samples", {}))),
-        ("Resident memory of the measuring process.", lambda: memory_over_time(report.get("memory_timeline", {}))),
-    ]
-    with mpl.rc_context(style):  # type: ignore[arg-type]  # its stubs list every key
-        made = [(caption, make()) for caption, make in makers]
-        return [(caption, _svg(figure)) for caption, figure in made if figure is not None]
+    with mpl.rc_context(words):  # type: ignore[arg-type]  # its stubs list every key
+        yield
 
 
 def perplexity_bars(report: Mapping[str, Any]) -> Any:

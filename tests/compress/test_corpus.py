@@ -193,6 +193,86 @@ def test_own_texts_for_validation_and_held_out(tmp_path: Path, build: Build) -> 
     assert list(corpus.training.block) == sorted(corpus.training.block)
 
 
+def write_domains(path: Path, counts: dict[str, int], seed: int = 0) -> None:
+    """Rows of the domains in mixed order; every text consists of words that begin with its domain's name."""
+    rng = random.Random(seed)
+    rows = [domain for domain, count in counts.items() for _ in range(count)]
+    rng.shuffle(rows)
+    texts = (" ".join(f"{domain}{rng.randint(0, 9999)}" for _ in range(rng.randint(8, 20))) for domain in rows)
+    lines = [json.dumps({"text": text, "of": domain}) for text, domain in zip(texts, rows, strict=True)]
+    path.write_text("\n".join(lines))
+
+
+def test_one_source_of_several_domains(tmp_path: Path, build: Build) -> None:
+    write_domains(tmp_path / "a.jsonl", {"P": 300, "Q": 60, "R": 12})  # the last is cut within its documents
+    write_text(tmp_path / "b.txt", words=800)
+    parts = {"validation": {"fraction": 0.2}, "held_out": {"fraction": 0.25}}
+    plain = {"path": "b.txt", "domain": "Q"}
+    corpus = build(sources=[{"path": "a.jsonl", "domain_column": "of", "weight": 2}, plain], **parts)
+    first = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["of"]
+    assert corpus.domains[0] == first
+    assert set(corpus.domains) == {"P", "Q", "R"}
+    ours, theirs = corpus.sources
+    assert set(ours["domains"]) == {"P", "Q", "R"}
+    assert sum(ours["domains"].values()) == ours["tokens"]
+    assert theirs["domains"] == {"Q": theirs["tokens"]}
+    assert ours["documents"] == 372
+    for part in (corpus.training, corpus.validation, corpus.held_out):
+        seen = set()
+        for ids, domain, source in zip(part.token_ids, part.domain, part.source, strict=True):
+            name = corpus.domains[domain]
+            if source == 0:
+                text = decode(tmp_path, ids).replace("<|endoftext|>", " ")
+                assert set(text) <= {*f"{name}0123456789 "}, text  # no letter of another domain
+                seen.add(name)
+            else:
+                assert name == "Q"
+        assert seen == {"P", "Q", "R"}  # each domain has its share of every part
+    for name in ("P", "Q"):
+        windows = [
+            int((p.domain[p.source == 0] == corpus.domains.index(name)).sum())
+            for p in (corpus.training, corpus.held_out)
+        ]
+        assert windows[0] / sum(windows) == pytest.approx(0.55 / 0.8, abs=0.08)
+    order = training_order(corpus, 32 * 300, seed=1)
+    source, domain = np.asarray(corpus.training.source)[order], np.asarray(corpus.training.domain)[order]
+    assert abs((source == 0).sum() - 200) <= 1
+    of_p = (domain == corpus.domains.index("P"))[source == 0]
+    assert 0 < of_p[:40].sum() < 40  # domains of one source are seen mixed, not one after the other
+    again = build("again", sources=[{"path": "a.jsonl", "domain_column": "of", "weight": 2}, plain], **parts)
+    other = build("other", sources=[{"path": "a.jsonl", "weight": 2}, plain], **parts)
+    assert again.sha256 == corpus.sha256 != other.sha256
+    assert other.domains == ("text", "Q")
+
+
+def test_exchanges_and_own_parts_have_domains_too(tmp_path: Path, build: Build) -> None:
+    for seed, name in enumerate(("train", "valid", "held")):
+        rng = random.Random(seed)
+        rows = [{"q": f"{i}?", "a": str(rng.random()), "of": "even" if i % 2 == 0 else "odd"} for i in range(120)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt_column": "q", "response_column": "a", "domain_column": "of"}
+    words = {p: [{"path": f"{n}.jsonl", **columns}] for p, n in (("validation", "valid"), ("held_out", "held"))}
+    corpus = build(sources=[{"path": "train.jsonl", **columns}], **words)
+    assert corpus.domains == ("even", "odd")
+    for part, source in ((corpus.training, 0), (corpus.validation, 1), (corpus.held_out, 2)):
+        assert set(part.source) == {source}
+        assert part.loss_mask is not None
+        for domain in (0, 1):
+            text = decode(tmp_path, part.token_ids[part.domain == domain])
+            numbers = [int(piece.split("?")[0]) for piece in text.split("<user>")[1:-1]]
+            assert len(numbers) > 20
+            assert {n % 2 for n in numbers} == {domain}
+
+
+def test_a_domain_too_small_for_a_window_is_refused(tmp_path: Path, build: Build) -> None:
+    write_domains(tmp_path / "a.jsonl", {"P": 300, "Q": 1})
+    message = (
+        r"'a.jsonl' leaves \d+ tokens of domain 'Q' for training, fewer than data.sequence_length 256; .*the domain"
+    )
+    with pytest.raises(BadInput, match=message):
+        build(sources=[{"path": "a.jsonl", "domain_column": "of"}], sequence_length=256)
+
+
 def test_too_little_text_and_overlap_are_refused(tmp_path: Path, build: Build) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "short.txt").write_text("a few words")

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from edgestill.compress.fusion import FusionAccumulator, WeightRule, entropy_of, pool
+from edgestill.compress.fusion import Evidence, FusionAccumulator, WeightRule, entropy_of, moving_average, pool
 from edgestill.profiles.schema import FusionSpec
 
 
 def rule(teachers: int = 2, vocabulary: int = 50, **words: object) -> WeightRule:
-    weights = words.pop("static", [1.0] * teachers)
-    return WeightRule.of(FusionSpec(**words), weights, vocabulary)  # type: ignore[arg-type]
+    weights, domains = words.pop("static", [1.0] * teachers), words.pop("domains", ())
+    return WeightRule.of(FusionSpec(**words), weights, vocabulary, domains=domains)  # type: ignore[arg-type]
 
 
 def distributions(teachers: int, rows: int = 12, vocabulary: int = 50, seed: int = 0) -> list[torch.Tensor]:
@@ -26,11 +26,14 @@ def distributions(teachers: int, rows: int = 12, vocabulary: int = 50, seed: int
 def fuse(rule: WeightRule, log_ps: list[torch.Tensor], sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
     fused = FusionAccumulator(rule, len(log_ps))
     for k, log_p in enumerate(log_ps):
-        fused.add(fused.term(log_p), rule.score(k, entropy_of(log_p), sequence))
+        evidence = Evidence(entropy_of(log_p), log_p[:, LABEL], sequence, DOMAIN)
+        fused.add(log_p.clone() if rule.geometric else log_p.exp(), rule.score(k, evidence))
     return fused.finish()
 
 
 SEQUENCE = torch.tensor([0] * 5 + [1] * 7)
+DOMAIN = torch.tensor([0] * 5 + [1] * 7)
+LABEL = 3
 
 
 def test_entropy_by_hand() -> None:
@@ -45,13 +48,33 @@ def test_pool_is_the_mean_of_each_sequence() -> None:
 
 def test_entropy_weights_by_hand() -> None:
     """H = (1, 2) nats, V = e^2, tau = 1/2: normalised (1/2, 1), scores (-1, -2), weights softmax."""
-    one = WeightRule((0.0, 0.0), True, False, 0.5, 0.0, False, 2.0)
-    weights = one.weights(torch.tensor([[1.0], [2.0]]), torch.zeros(1, dtype=torch.int64))
+    one = WeightRule((0.0, 0.0), "entropy", "token", 0.9, 0.5, 0.0, False, 2.0)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    weights = one.weights(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1), nothing, nothing)
     e = math.exp(-1)
     torch.testing.assert_close(weights[:, 0], torch.tensor([1 / (1 + e), e / (1 + e)]))
 
 
-@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def averaged(values: torch.Tensor, decay: float) -> torch.Tensor:
+    """The moving average written out: one step after the other."""
+    out, top, bottom = [], torch.zeros(len(values)), 0.0
+    for column in values.T:
+        top, bottom = top * decay + column, bottom * decay + 1
+        out.append(top / bottom)
+    return torch.stack(out, dim=1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 64])
+@pytest.mark.parametrize("decay", [0.5, 0.98])
+def test_moving_average_equals_the_loop_and_keeps_sequences_apart(length: int, decay: float) -> None:
+    values = torch.randn(length + 5, generator=torch.Generator().manual_seed(length))
+    sequence = torch.tensor([3] * length + [4] * 5)
+    ours = moving_average(values, sequence, decay)
+    expected = torch.cat([averaged(v.unsqueeze(0).double(), decay)[0] for v in values.split([length, 5])])
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence", "ema"])
 @pytest.mark.parametrize("mix", ["arithmetic", "geometric"])
 @pytest.mark.parametrize("floor", [0.0, 0.2])
 def test_accumulator_equals_the_formula(granularity: str, mix: str, floor: float) -> None:
@@ -64,6 +87,8 @@ def test_accumulator_equals_the_formula(granularity: str, mix: str, floor: float
             entropies[:, s == SEQUENCE].mean(1, keepdim=True).expand(3, int((s == SEQUENCE).sum())) for s in (0, 1)
         ]
         entropies = torch.cat(means, dim=1)
+    if granularity == "ema":
+        entropies = torch.cat([averaged(entropies[:, s == SEQUENCE], 0.98) for s in (0, 1)], dim=1)
     theirs = (-entropies / math.log(50) / 0.2).softmax(0) * (1 - floor) + floor / 3
     torch.testing.assert_close(weights.double(), theirs, atol=1e-5, rtol=1e-5)
     stacked = torch.stack(log_ps).double()
@@ -76,10 +101,11 @@ def test_accumulator_equals_the_formula(granularity: str, mix: str, floor: float
 
 
 @pytest.mark.parametrize("mix", ["arithmetic", "geometric"])
-@pytest.mark.parametrize("weights", ["uniform", "static", "entropy"])
+@pytest.mark.parametrize("weights", ["uniform", "static", "entropy", "label", "routed"])
 def test_identical_teachers_equal_one(mix: str, weights: str) -> None:
     log_p = distributions(1)[0]
-    fused_rule = rule(3, mix=mix, weights=weights, static=[1.0, 2.0, 5.0])
+    claims = [frozenset([0]), frozenset([0, 1]), frozenset([1])]
+    fused_rule = rule(3, mix=mix, weights=weights, static=[1.0, 2.0, 5.0], domains=claims)
     fused = fuse(fused_rule, [log_p, log_p, log_p], SEQUENCE)
     torch.testing.assert_close(fused[1], log_p, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(fused[2].sum(0), torch.ones(12))
@@ -112,3 +138,20 @@ def test_a_sharp_temperature_trusts_one_teacher_and_the_floor_keeps_the_other() 
     weights = fuse(rule(2, entropy_temperature=0.001, floor=0.1), log_ps, SEQUENCE)[2]
     torch.testing.assert_close(weights[1], torch.full((12,), 0.95), atol=1e-4, rtol=0)
     torch.testing.assert_close(weights[0], torch.full((12,), 0.05), atol=1e-4, rtol=0)
+
+
+def test_label_weights_by_hand() -> None:
+    """log p(y) = (-1, -2), tau = 1/2: scores (-2, -4)."""
+    one = rule(2, weights="label", granularity="token", label_temperature=0.5, floor=0.0)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    weights = one.weights(torch.zeros(2, 1), torch.tensor([[-1.0], [-2.0]]), nothing, nothing)
+    e = math.exp(-2)
+    torch.testing.assert_close(weights[:, 0], torch.tensor([1 / (1 + e), e / (1 + e)]))
+
+
+def test_routed_asks_the_teachers_of_the_domain_and_all_where_none_claims_it() -> None:
+    routed = rule(3, weights="routed", domains=[frozenset([0]), frozenset([1]), frozenset([1])])
+    domain = torch.tensor([0, 1, 2])
+    weights = routed.weights(torch.zeros(3, 3), torch.zeros(3, 3), torch.arange(3), domain)
+    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]]).T
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgestill.compress.sources import Document, Exchange, read_source, source_hash, source_name
+from edgestill.compress.sources import Document, Exchange, read_source, source_files, source_hash, source_name
 from edgestill.profiles.schema import SourceSpec
 from edgestill.runtime.errors import BadInput
 
@@ -59,6 +59,49 @@ def test_prompts_are_text_or_messages(tmp_path: Path) -> None:
     (ours,) = read(tmp_path, path="b.jsonl", prompt_column="q", response_column="a")
     assert isinstance(ours, Exchange)
     assert ours.prompt == ({"role": "user", "content": "hi"},)
+
+
+def test_a_column_names_the_domain_of_each_row(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"text": "x", "of": "law"}, {"text": " ", "of": "law"}, {"text": "y", "of": "en.news-2"}]
+    write_rows(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / "a.parquet")
+    expected = [Document("x", domain="law"), Document("y", domain="en.news-2")]
+    assert read(tmp_path, path="a.jsonl", domain_column="of", domain="other") == expected
+    assert read(tmp_path, path="set", domain_column="of") == expected
+    assert read(tmp_path, hub=str(tmp_path / "set"), revision="main", domain_column="of") == expected
+    assert read(tmp_path, path="a.jsonl") == [Document("x"), Document("y")]
+    (ours, _, theirs) = read(tmp_path, path="a.jsonl", prompt_column="text", response_column="text", domain_column="of")
+    assert (ours.domain, theirs.domain) == ("law", "en.news-2")
+
+
+def test_domains_that_cannot_be_used(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", {"text": "x", "of": "law"}, {"text": "y", "of": None}, {"text": "z", "of": "law"})
+    write_rows(tmp_path / "b.jsonl", {"text": "x", "of": "law"}, {"text": "y", "of": "tax law"})
+    write_rows(tmp_path / "c.jsonl", {"text": "x", "of": 3, "long": "a" * 65, "list": ["law"]})
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "b.txt").write_text("text")
+    write_rows(tmp_path / "mixed" / "a.jsonl", {"text": "x", "of": "law"})
+    (tmp_path / "a.txt").write_text("text")
+    for path, column, message in (
+        ("a.jsonl", "of", "a.jsonl, row 2: column 'of' holds None, which names no domain"),
+        ("b.jsonl", "of", "b.jsonl, row 2: column 'of' holds 'tax law', which names no domain .*; correct the row"),
+        ("c.jsonl", "of", "row 1: column 'of' holds 3, which names no domain"),
+        ("c.jsonl", "long", "row 1: column 'long' holds 'aaa"),
+        ("c.jsonl", "list", r"row 1: column 'list' holds .'law'., which"),
+        ("c.jsonl", "domain", "row 1: no column 'domain', there are 'text', 'of', 'long', 'list'"),
+        ("a.txt", "of", "a.txt: domain_column needs rows, this is plain text; use .jsonl or .parquet"),
+        ("mixed", "of", "b.txt: domain_column needs rows"),
+    ):
+        with pytest.raises(BadInput, match=message) as caught:
+            read(tmp_path, path=path, domain_column=column)
+        assert "\n" not in str(caught.value)
+        if "needs rows" in message:  # known before anything is read
+            with pytest.raises(BadInput, match=message):
+                source_files(SourceSpec(path=path, domain_column=column), lambda given: tmp_path / given)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

@@ -27,7 +27,7 @@ from edgestill.runtime.gate import Check, Report
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
-    *("build", "plan", "distill", "export"),
+    *("build", "plan", "distill", "ablate", "export"),
     *("check", "bench", "report", "verify"),
     *("generate", "chat", "profiles"),
 ]
@@ -35,6 +35,7 @@ OPTIONS = {
     "build": ["--profile", "--out", "--force"],
     "plan": ["--profile"],
     "distill": ["--out"],
+    "ablate": ["--out", "--seeds", "--tokens", "--rows", "--only", "--jobs", "--held-out"],
     "export": ["--profile", "--out", "--held-out", "--limits"],
     "check": ["--json"],
     "bench": ["--prompt-tokens", "--new-tokens", "--batch", "--json"],

@@ -1,0 +1,159 @@
+"""Measurements in processes of their own that take turns: all are ready, one works at a time, so that slow minutes hit every side.
+
+The parent starts a process per side (`Side`), which prepares itself, says so, and then answers each "go" with the facts of one
+piece of work as a line of JSON. `alternate` gives the turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from edgestill.runtime.device import environment
+from edgestill.runtime.workload import peak_resident_mib, resident_mib
+
+MIB = 1 << 20
+
+
+class Replies:
+    """The working process's end of the line. What anything else prints goes to stderr."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+
+    def say(self, facts: Mapping[str, Any]) -> None:
+        """One line of JSON to the parent."""
+        self._out.write(json.dumps(facts) + "\n")
+
+    def wait(self) -> bool:
+        """Block until it is this side's turn; False when there are no more."""
+        return sys.stdin.readline().strip() == "go"
+
+    def serve(self, work: Callable[[], Mapping[str, Any]]) -> None:
+        """Do one piece of work per turn."""
+        self.say({"ready": True})
+        while self.wait():
+            self.say(work())
+
+
+class Side:
+    """A process that waits for its turns. A context manager: it ends with its parent."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def heard(self) -> dict[str, Any]:
+        """The next line it says."""
+        line = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not line:
+            raise SystemExit(f"side {self.name!r} ended with status {self._process.wait()}; its message is above")
+        return dict(json.loads(line))
+
+    def turn(self) -> dict[str, Any]:
+        """One piece of work."""
+        if self._process.stdin is not None:
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+        return self.heard()
+
+
+def alternate(commands: Mapping[str, Sequence[str]], *, warm_up: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """`rounds` pieces of work of every side, in turn; `warm_up` pieces each before them are not among the answers."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    with ExitStack() as stack:
+        sides = []
+        for name, command in commands.items():
+            side = stack.enter_context(Side(name, command))
+            side.heard()  # one after the other: preparing needs memory and both cores
+            sides.append(side)
+        for number in range(warm_up + rounds):
+            for side in sides:
+                facts = side.turn()
+                if number >= warm_up:
+                    found[side.name].append(facts)
+    return found
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes and n."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+        "n": len(values),
+    }
+
+
+class PeakMemory:
+    """Highest memory above what is in use when this is made: resident memory on a CPU, the allocator's on a GPU."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        if on_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() / MIB
+        else:
+            self.reset = _reset_peak()
+            self._before = resident_mib()
+
+    def mib(self) -> float:
+        """MiB above the start."""
+        if self.on_gpu:
+            import torch
+
+            return float(torch.cuda.max_memory_allocated()) / MIB - self._before
+        return (peak_resident_mib() or resident_mib()) - self._before
+
+
+def _reset_peak() -> bool:
+    """Start VmHWM anew from the present resident size; False where the kernel refuses."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def software() -> dict[str, Any]:
+    """`environment()` with what training depends on beside it."""
+    import torch
+    import transformers
+
+    return {
+        **environment(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Indented JSON at `path`, its folder made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

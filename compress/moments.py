@@ -1,0 +1,104 @@
+"""Second moments of feature streams, summed in float64, and what can be solved from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-6
+"""Over the mean of the diagonal: enough to invert the moments of features that are constant or repeat each other."""
+
+
+class Product:
+    """Streamed E[x y'] of two features of the same tokens."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._product: Tensor | None = None
+        self._left: Tensor | None = None
+        self._right: Tensor | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """A batch of tokens: x [n, d_x] and y [n, d_y], any floating type, on one device."""
+        x, y = x.double(), y.double()
+        if self._product is None or self._left is None or self._right is None:
+            self._product, self._left, self._right = x.T @ y, x.sum(0), y.sum(0)
+        else:
+            self._product.addmm_(x.T, y)
+            self._left += x.sum(0)
+            self._right += y.sum(0)
+        self.count += x.shape[0]
+
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._product is None or self._left is None or self._right is None:
+            raise ValueError("no tokens were added")
+        return self._product, self._left, self._right
+
+    def raw(self) -> Tensor:
+        """E[x y'], float64 [d_x, d_y]."""
+        return self._sums()[0] / self.count
+
+    def mean_left(self) -> Tensor:
+        """E[x], float64 [d_x]."""
+        return self._sums()[1] / self.count
+
+    def covariance(self) -> Tensor:
+        """E[x y'] - E[x] E[y]', float64 [d_x, d_y]."""
+        product, left, right = self._sums()
+        return product / self.count - torch.outer(left / self.count, right / self.count)
+
+
+class MeanSquare:
+    """Streamed mean square of an element."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None
+
+    def add(self, y: Tensor) -> None:
+        """A batch of any shape."""
+        squares = y.double().square().sum()
+        self._sum = squares if self._sum is None else self._sum + squares
+        self.count += y.numel()
+
+    def value(self) -> float:
+        if self._sum is None:
+            raise ValueError("nothing was added")
+        return float(self._sum) / self.count
+
+
+def principal_directions(covariance: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The `width` directions of largest variance, rows [width, d], and their variances, descending.
+
+    The largest entry of a direction is positive, so that every linear algebra library gives the same one.
+    """
+    variances, vectors = torch.linalg.eigh(covariance)
+    rows, variances = vectors.T.flip(0)[:width], variances.flip(0)[:width]
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return rows * largest.sign(), variances
+
+
+def least_squares(xx: Tensor, yx: Tensor) -> Tensor:
+    """W [d_y, d_x] with the least E|W x - y|^2, from E[x x'] [d_x, d_x] and E[y x'] [d_y, d_x]; a small ridge (`RIDGE`)."""
+    ridge = RIDGE * xx.diagonal().mean().clamp_min(torch.finfo(xx.dtype).tiny)
+    lower = torch.linalg.cholesky(xx + ridge * torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device))
+    return torch.cholesky_solve(yx.T, lower).T
+
+
+def low_rank_factors(weight: Tensor, xx: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [d_y, rank] and B [rank, d_x] of equal norms, A B nearest to `weight` [d_y, d_x] on inputs with E[x x'] = `xx`.
+
+    The plain decomposition of the weight would spend its rank on inputs that never occur.
+    """
+    _, vectors = torch.linalg.eigh(weight @ xx @ weight.T)
+    kept = vectors[:, -rank:]
+    left, values, right = torch.linalg.svd(kept @ (kept.T @ weight), full_matrices=False)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root.unsqueeze(1) * right[:rank]
+
+
+def linear_cka(xx: Product, yy: Product, xy: Product) -> float:
+    """Linear CKA of two features, 0 to 1 (Kornblith et al., arXiv 1905.00414); 0 where one of them is constant."""
+    own = torch.linalg.matrix_norm(xx.covariance()) * torch.linalg.matrix_norm(yy.covariance())
+    shared = torch.linalg.matrix_norm(xy.covariance()).square()
+    return float(shared / own) if float(own) > 0 else 0.0

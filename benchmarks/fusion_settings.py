@@ -23,6 +23,7 @@ from edgestill.compress.calibrate import calibrate, calibration_windows
 from edgestill.compress.corpus import Corpus, build_corpus, open_corpus
 from edgestill.compress.fusion import WeightRule
 from edgestill.compress.reference import choose_windows
+from edgestill.compress.rows import Rows, chunks
 from edgestill.compress.targets import OnlineTarget, TeacherRows
 from edgestill.compress.teachers import Teacher, best_device, check_same_tokenizer, load_teacher, resolve_teachers
 from edgestill.profiles.load import load_recipe
@@ -38,8 +39,16 @@ def settings() -> list[tuple[FusionSpec, bool]]:
     """(fusion, calibrated) of every row."""
     rows = [(FusionSpec(weights="uniform", mix=mix), False) for mix in ("arithmetic", "geometric")]
     taus = (0.5, 0.1, 0.05, 0.02, 0.01, 0.005)
-    for granularity, tau, calibrated in itertools.product(("sequence", "token"), taus, (True, False)):
+    for granularity, tau, calibrated in itertools.product(("sequence", "ema", "token"), taus, (True, False)):
         rows.append((FusionSpec(granularity=granularity, entropy_temperature=tau), calibrated))
+    rows += [
+        (FusionSpec(granularity="ema", ema_decay=decay, entropy_temperature=tau), True)
+        for decay, tau in itertools.product((0.9, 0.95, 0.99), (0.05, 0.02, 0.01))
+    ]
+    rows += [
+        (FusionSpec(weights="label", granularity=granularity, label_temperature=tau), False)
+        for granularity, tau in itertools.product(("token", "sequence"), (2.0, 1.0, 0.5, 0.1))
+    ]
     rows.append((FusionSpec(entropy_temperature=0.02, mix="geometric"), True))
     rows += [(FusionSpec(entropy_temperature=0.02, floor=floor), True) for floor in (0.0, 0.05, 0.1)]
     return rows
@@ -68,21 +77,19 @@ def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[
         temperatures.append(found.temperature)
     windows = choose_windows(part, TOKENS)
     ids = torch.from_numpy(part.token_ids[windows].astype(np.int64)).to(best_device())
-    answers = ids.shape[1] - 1
-    domain = np.repeat(part.domain[windows], answers)
+    domains = torch.from_numpy(part.domain[windows].astype(np.int64)).to(ids.device)
+    placed = Rows.of(ids, domains)
+    domain = placed.domain.cpu().numpy()
     hidden = [torch.cat([t.hidden(b)[0][:, :-1].flatten(0, 1).float() for b in ids.split(8)]) for t in teachers]
-    labels = ids[:, 1:].flatten()
-    sequence = torch.arange(len(windows), device=ids.device).repeat_interleave(answers)
 
     def perplexities(rule: WeightRule, used: list[int], calibrations: list[float]) -> dict[str, float]:
         rows = [
             TeacherRows(hidden[k], teachers[k].head_weight.float(), None, c)
             for k, c in zip(used, calibrations, strict=True)
         ]
-        target, picked = OnlineTarget(rows, rule), []
-        for start in range(0, labels.numel(), answers * WINDOWS_PER_CHUNK):
-            chunk = slice(start, min(labels.numel(), start + answers * WINDOWS_PER_CHUNK))
-            picked.append(target.chunk(chunk, sequence[chunk]).log_p.gather(1, labels[chunk, None]).squeeze(1))
+        target, picked = OnlineTarget(rows, rule, placed), []
+        for chunk in chunks(placed.lengths, WINDOWS_PER_CHUNK * ids.shape[1]):
+            picked.append(target.chunk(chunk).log_p.gather(1, placed.labels[chunk, None]).squeeze(1))
         logp = torch.cat(picked).cpu().double().numpy()
         masks = {"mixed": domain >= 0, **{name: domain == i for i, name in enumerate(corpus.domains)}}
         return {name: round(math.exp(-float(logp[mask].mean())), 3) for name, mask in masks.items()}
@@ -99,6 +106,11 @@ def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[
     return {"tokens": int(ids.numel()), "temperatures": temperatures, "alone": alone, "rows": rows}
 
 
+def tau_of(row: dict[str, Any]) -> float:
+    """The temperature that a row's weights use."""
+    return float(row["label_temperature" if row["weights"] == "label" else "entropy_temperature"])
+
+
 def main() -> None:
     """Print the rows, best last, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,8 +121,8 @@ def main() -> None:
     progress.say(f"{arguments.recipe}: {len(settings())} ways to fuse")
     result = study(arguments.recipe)
     for row in sorted(result["rows"], key=lambda r: -r["perplexity"]["mixed"]):
-        words = (
-            f"{row['weights']} {row['granularity']} tau {row['entropy_temperature']} floor {row['floor']} {row['mix']}"
+        words = f"{row['weights']} {row['granularity']} tau {tau_of(row)} floor {row['floor']} {row['mix']}" + (
+            f" decay {row['ema_decay']}" if row["granularity"] == "ema" else ""
         )
         print(f"{words:60} {'calibrated' if row['calibrated'] else '':10} {row['perplexity']}")
     if arguments.json:

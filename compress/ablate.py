@@ -1,7 +1,7 @@
 """The recipe beside its baselines and without each of its parts, as one story: what is each part worth?
 
     1. rows        those that the recipe suggests, or those of a file; every one checked before any work
-    2. shared      one corpus and one split for all; calibrations; the teachers' stored answers of each seed
+    2. shared      one corpus and one split for all; calibrations; per seed the teachers' answers and untrained students
     3. students    a row and a seed each, in worker processes, from the same tokens in the same order
     4. targets     the fused teachers themselves, on the windows that judge the students
     5. table       perplexities, and differences to the first row paired by seed and document
@@ -27,6 +27,7 @@ from edgestill.compress.ablate_rows import Row, rows_of
 from edgestill.compress.ablate_run import (
     FOLDER,
     HELD_OUT,
+    MIXED,
     PartName,
     Run,
     finished,
@@ -69,6 +70,15 @@ class Shared:
     """By row; they come from validation text, so they are the same for every seed."""
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run that has no result yet, the key of its student, and whether that is there."""
+
+    run: Run
+    student: str
+    there: bool
+
+
 def ablate(
     recipe: str,
     *,
@@ -94,8 +104,10 @@ def ablate(
     for note in chosen.notes:
         progress.say(note)
     given = _check(chosen.rows)
-    with Workspace(out if out is not None else Path("build") / loaded.name, progress).locked() as space:
+    with Workspace(out if out is not None else Path("build") / loaded.name, progress, brief=True).locked() as space:
         stage, corpus = corpus_of(loaded, space, given[chosen.rows[0].name].teachers[0])
+        if MIXED in corpus.domains:
+            raise BadInput(f"data: a domain is called {MIXED!r}, as the table calls all of them; rename it")
         part: PartName = "held_out" if held_out else "validation"
         judged = identity(corpus.held_out if held_out else corpus.validation)
         shared = Shared(space, corpus, stage.key, part, judged, given, {})
@@ -122,71 +134,74 @@ def _check(rows: list[Row]) -> dict[str, Inputs]:
     return given
 
 
-def _students(shared: Shared, rows: list[Row], seeds: range, jobs: int) -> tuple[list[Result], dict[str, str]]:
-    """Results of all rows and seeds, and why those that have none failed. Seed by seed, so that early tables are whole."""
-    progress, results = shared.space.progress, []
-    failures: dict[str, str] = {}
-    missing: list[str] = []
-    with (
-        Workers(jobs, train_and_judge, progress, threads=max(1, torch.get_num_threads() // jobs)) as workers,
-        progress.task("ablation", len(rows) * len(seeds), "students") as task,
-    ):
-        for seed in seeds:
-            by_student: dict[str, list[Run]] = {}
-            for row in rows:
-                run = _run_of(shared, row, seed)
-                student, there = run.student()
-                kept = finished(run, student)
-                if kept is not None:
-                    results.append(kept)
-                    task.advance(1, f"{run.label}: kept")
-                elif shared.part == "held_out" and not there:
-                    missing.append(run.label)
-                else:
-                    by_student.setdefault(student, []).append(run if there else _with_answers(run, shared.space))
-            if missing:
-                continue
-            alike = {runs[0].label: runs for runs in by_student.values()}
-            for outcome in workers.run([(label, runs[0]) for label, runs in alike.items()]):
-                same = alike[outcome.label]
-                if outcome.error is not None:
-                    failures |= {run.label: _failure(run, outcome.error, outcome.trace) for run in same}
-                else:
-                    results += [outcome.value, *(_same_student(outcome.value, run) for run in same[1:])]
-                task.advance(len(same), outcome.label)
+def _planned(shared: Shared, rows: list[Row], seeds: range) -> tuple[list[Result], list[Planned]]:
+    """Results that are kept, and what is to be done, seed by seed, so that early results are of whole tables.
+
+    Raises:
+        BadInput: held-out text, and students that are not there: nothing has been judged on it yet.
+    """
+    kept, planned, missing = [], [], []
+    for seed in seeds:
+        for row in rows:
+            run = _run_of(shared, row, seed)
+            student, there = run.student()
+            result = finished(run, student)
+            if result is not None:
+                kept.append(result)
+            elif shared.part == "held_out" and not there:
+                missing.append(run.label)
+            else:
+                planned.append(Planned(run, student, there))
     if missing:
         raise BadInput(
             f"--held-out judges finished students, and {len(missing)} are not ({missing[0]}); run without it first"
         )
+    return kept, planned
+
+
+def _students(shared: Shared, rows: list[Row], seeds: range, jobs: int) -> tuple[list[Result], dict[str, str]]:
+    """Results of all rows and seeds, and why those that have none failed."""
+    progress = shared.space.progress
+    results, planned = _planned(shared, rows, seeds)
+    failures: dict[str, str] = {}
+    with (
+        Workers(jobs, train_and_judge, progress, threads=max(1, torch.get_num_threads() // jobs)) as workers,
+        progress.task("ablation", len(rows) * len(seeds), "students") as task,
+    ):
+        if results:
+            task.advance(len(results), f"{len(results)} kept")
+        for seed in seeds:
+            alike: dict[str, list[Run]] = {}
+            for plan in planned:
+                if plan.run.seed == seed:
+                    run = plan.run if plan.there else plan.run.prepare(shared.space)
+                    alike.setdefault(plan.student, []).append(run)
+            by_label = {runs[0].label: runs for runs in alike.values()}
+            for outcome in workers.run([(label, runs[0]) for label, runs in by_label.items()]):
+                same = by_label[outcome.label]
+                if outcome.error is not None:
+                    failures |= {run.label: _failure(run, outcome.error, outcome.trace) for run in same}
+                    progress.say(f"{outcome.label}: failed: {failures[outcome.label]}")
+                else:
+                    results += [outcome.value, *(_same_student(outcome.value, run) for run in same[1:])]
+                    progress.say(f"{outcome.label}: mixed perplexity {outcome.value['perplexity'][MIXED]:.1f}")
+                task.advance(len(same), outcome.label)
     return results, failures
 
 
 def _calibrate(shared: Shared, rows: list[Row]) -> None:
-    """Fill in the calibrations of every row; a set of teachers is said to be done once, not for every row."""
-    said: set[str] = set()
+    """Fill in the calibrations of every row."""
     for row in rows:
-        given = shared.given[row.name]
-        teachers = " ".join(t.weights_sha256 for t in given.teachers)
         at = Setting(
             loaded=row.loaded,
-            space=Workspace(shared.space.root, QuietProgress()) if teachers in said else shared.space,
-            teachers=given.teachers,
-            vocabulary=given.vocabulary,
+            space=shared.space,
+            teachers=shared.given[row.name].teachers,
+            vocabulary=shared.given[row.name].vocabulary,
             corpus=shared.corpus,
             corpus_key=shared.corpus_key,
             device=best_device(),
         )
-        before = len(shared.space.done)
         shared.calibrations[row.name] = tuple(calibrations_of(at))
-        if len(shared.space.done) > before:
-            said.add(teachers)
-
-
-def _with_answers(run: Run, space: Workspace) -> Run:
-    """The run with its teachers' answers stored; those that are there are not hashed again for every row (a reader hashes)."""
-    if run.caches is None or all(folder.is_dir() for folder in run.caches):
-        return run
-    return run.with_caches(space)
 
 
 def _run_of(shared: Shared, row: Row, seed: int) -> Run:

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from edgestill.compress.corpus import Part
 from edgestill.compress.fusion import WeightRule
+from edgestill.compress.low_rank import load_student
 from edgestill.compress.rows import IGNORE, Rows, chunks
 from edgestill.compress.targets import OnlineTarget, TeacherRows
 from edgestill.compress.teachers import Teacher
@@ -60,7 +60,7 @@ def judge_student(checkpoint: Path, part: Part, device: torch.device, task: Task
     Args:
         task: advanced by one per window.
     """
-    student = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+    student = load_student(checkpoint, torch.float32).to(device).eval()
     found = np.zeros(part.n_windows)
     for windows in _batches(part, student.config.get_text_config().vocab_size):
         ids, labels = _read(part, windows, device)

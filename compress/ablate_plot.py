@@ -6,11 +6,11 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from edgestill.compress.ablate_run import MIXED
 from edgestill.runtime.plots import COLOURS, INK, clean, style
 
 ROW_HEIGHT, MARGIN, WIDTH = 0.3, 1.1, 8.6
 """Inches."""
-MIXED = "mixed"
 
 
 def plot(table: Mapping[str, Any]) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ import transformers
 from edgestill.compress.ablate_judge import F64, I64, FusedRule, judge_student, scored_tokens
 from edgestill.compress.ablate_rows import Row
 from edgestill.compress.corpus import Part, open_corpus
-from edgestill.compress.distill_student import student_of
+from edgestill.compress.distill_student import aligned_of, made_of, student_of
 from edgestill.compress.distill_teachers import caches_of, compared_at
 from edgestill.compress.setting import Setting
 from edgestill.compress.stages import Keys, Stage, Workspace, stage_key
@@ -36,6 +36,8 @@ from edgestill.runtime.progress import Progress, QuietProgress
 PartName = Literal["validation", "held_out"]
 FOLDER = "ablate"
 HELD_OUT = "held-out"
+MIXED = "mixed"
+"""Name of the perplexity over all domains, beside theirs."""
 FORMAT = 1
 CODE = 1
 """Revision of what judging computes; raise it when the same student would get another result."""
@@ -64,7 +66,8 @@ class Run:
 
     @property
     def label(self) -> str:
-        return f"{self.row.name}, seed {self.seed}"
+        """`uniform #1`: row and seed."""
+        return f"{self.row.name} #{self.seed}"
 
     @property
     def file(self) -> Path:
@@ -106,7 +109,6 @@ class Run:
         inputs = {
             "teachers": at.teacher_hashes(),
             **at.fusion_words(),
-            "routes": [t.domains for t in self.row.loaded.recipe.teachers],
             "calibration": compared_at(at.recipe, self.calibrations),
             "windows": self.part_sha256,
             "code": CODE,
@@ -117,6 +119,21 @@ class Run:
         """The same run with its caches as they are in `space`: made when it is a Workspace, only named when it is Keys."""
         caches = caches_of(self.setting(space), list(self.calibrations))
         return dataclasses.replace(self, caches=None if caches is None else tuple(caches))
+
+    def prepare(self, space: Workspace) -> Run:
+        """Do what other runs may share, so that no two workers write the same folder: caches, untrained student, projections.
+
+        What is there is not hashed again for every run; a reader hashes.
+        """
+        stored = self.caches is None or all(folder.is_dir() for folder in self.caches)
+        run = self if stored else self.with_caches(space)
+        asked, at = self._asking(), self.setting(space)
+        made = made_of(asked)
+        if not made.reused:
+            made_of(at)
+        if at.recipe.losses.features is not None and not aligned_of(asked, made).reused:
+            aligned_of(at, made_of(at))
+        return run
 
     def train(self, at: Setting) -> Stage:
         """Its student, trained or found."""
@@ -137,7 +154,7 @@ def finished(run: Run, student_key: str) -> dict[str, Any] | None:
 
 def train_and_judge(run: Run, progress: Progress) -> dict[str, Any]:
     """Train (or find) the student of a run, judge it, write its JSON and hand that back. Runs in a worker."""
-    at = run.setting(Workspace(run.root, progress))
+    at = run.setting(Workspace(run.root, progress, brief=True))
     stage = run.train(at)
     part = part_of(at, run.part)
     with progress.task("judging", part.n_windows, "windows") as task:
@@ -175,14 +192,14 @@ def part_of(at: Setting, name: PartName) -> Part:
 
 
 def means(nll: F64, part: Part, domains: Sequence[str]) -> dict[str, float]:
-    """Perplexity per domain that the part has, and `mixed`: exp of the mean over these domains."""
+    """Perplexity per domain that the part has, and MIXED: exp of the mean over these domains."""
     tokens: I64 = scored_tokens(part)
     found = {}
     for index, name in enumerate(domains):
         inside = part.domain == index
         if tokens[inside].sum():
             found[name] = float(nll[inside].sum() / tokens[inside].sum())
-    found["mixed"] = sum(found.values()) / max(len(found), 1)
+    found[MIXED] = sum(found.values()) / max(len(found), 1)
     return {name: round(math.exp(value), 4) for name, value in found.items()}
 
 

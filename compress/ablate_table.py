@@ -15,10 +15,10 @@ import numpy as np
 
 from edgestill.compress.ablate_plot import plot
 from edgestill.compress.ablate_rows import Row, Rows
+from edgestill.compress.ablate_run import MIXED
 from edgestill.compress.ablate_statistics import MARK, Difference, Scores, Spread, difference, perplexity
 from edgestill.runtime.files import write_atomically
 
-MIXED = "mixed"
 WIDTH = 80
 FORMAT = 1
 

@@ -41,11 +41,11 @@ def top_answers(logits: Tensor, labels: Tensor, top_k: int, calibration: float =
         entropy_calibrated, label_logp, nats.
     """
     top, ids = logits.topk(top_k, dim=-1)
-    lse = logits.logsumexp(-1)
+    weights, lse, beside = _facts(logits, labels, calibration)
+    total = weights.sum(-1)
     # 1 - sum of the stored would be noise where the tail is thin
-    tail = logits.scatter(1, ids, -torch.inf).logsumexp(-1) - lse
-    found = {"ids": ids, "logp": top - lse.unsqueeze(1), "tail_logp": tail}
-    return found | _beside(logits, labels, lse, calibration)
+    tail = weights.scatter_(1, ids, 0.0).sum(-1) / total
+    return {"ids": ids, "logp": top - lse.unsqueeze(1), "tail_logp": tail.log()} | beside
 
 
 def sampled_answers(logits: Tensor, labels: Tensor, uniform: Tensor, calibration: float = 1.0) -> dict[str, Tensor]:
@@ -62,10 +62,11 @@ def sampled_answers(logits: Tensor, labels: Tensor, uniform: Tensor, calibration
         with count 0. Beside them entropy, entropy_calibrated, label_logp float32 [n], nats.
     """
     # a float32 sum counts in steps of 6e-8, which most tokens of a large vocabulary are below
-    below = (logits - logits.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
+    weights, _, beside = _facts(logits, labels, calibration)
+    below = weights.cumsum(-1, dtype=torch.float64)
     draws = torch.searchsorted(below, uniform * below[:, -1:], right=True).clamp_max_(logits.shape[1] - 1)
     ids, counts = _distinct(draws, min(draws.shape[1], logits.shape[1]))
-    return {"ids": ids, "counts": counts} | _beside(logits, labels, logits.logsumexp(-1), calibration)
+    return {"ids": ids, "counts": counts} | beside
 
 
 def uniforms(seed: int, windows: npt.NDArray[np.int64], answers: int, draws: int) -> npt.NDArray[np.float64]:
@@ -88,21 +89,26 @@ def packed(found: dict[str, Tensor], vocabulary: int, draws: int) -> dict[str, n
     return stored
 
 
-def _beside(logits: Tensor, labels: Tensor, lse: Tensor, calibration: float) -> dict[str, Tensor]:
-    entropy = _entropy(logits)
-    return {
-        "entropy": entropy,
-        "entropy_calibrated": entropy if calibration == 1 else _entropy(logits / calibration),
-        "label_logp": logits.gather(1, labels.unsqueeze(1)).squeeze(1) - lse,
-    }
+def _facts(logits: Tensor, labels: Tensor, calibration: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """exp(logits - max) [n, V], the log-sum-exp [n], and what stands beside either kind of answers."""
+    highest = logits.amax(-1, keepdim=True)
+    z = logits - highest
+    weights = z.exp()
+    log_total, entropy = _entropy(z, weights)
+    lse = highest.squeeze(1) + log_total
+    beside = {"entropy": entropy, "label_logp": logits.gather(1, labels.unsqueeze(1)).squeeze(1) - lse}
+    beside["entropy_calibrated"] = entropy
+    if calibration != 1:
+        z.div_(calibration)
+        beside["entropy_calibrated"] = _entropy(z, z.exp())[1]
+    return weights, lse, beside
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """Of softmax(logits) [n, V], nats [n]: log Z - E[z] with z shifted to at most 0, both terms at least 0."""
-    z = logits - logits.amax(-1, keepdim=True)
-    p = z.exp()
-    total = p.sum(-1)
-    return total.log() - p.mul_(z).sum(-1) / total
+def _entropy(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log Z and the entropy log Z - E[z] [n] of weights = exp(z), z at most 0: both terms are at least 0."""
+    total = weights.sum(-1)
+    log_total = total.log()
+    return log_total, log_total - torch.linalg.vecdot(weights, z) / total
 
 
 def _distinct(draws: Tensor, width: int) -> tuple[Tensor, Tensor]:

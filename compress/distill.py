@@ -9,7 +9,8 @@
     7. train       the student learns the fused target; resumes from its newest complete checkpoint
     8. reference   the answers on the held-out tokens that travel with the bundle
 
-Every stage is kept under its key (stages.py) and not run again while nothing it depends on has changed.
+Every stage is kept under its key (stages.py) and not run again while nothing it depends on has changed. Under torchrun all
+processes read this story; the cache and the training are the work of all, the rest that of the first (processes.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from edgestill.compress.distill_student import STATE, student_of
 from edgestill.compress.distill_teachers import caches_of, calibrations_of, compared_at
 from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.low_rank import load_student
+from edgestill.compress.processes import first_then_others, from_first, is_first, joined, share_of
 from edgestill.compress.reference import choose_windows, make_reference
 from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.compress.setting import Setting
@@ -37,7 +39,7 @@ from edgestill.compress.stages import Stage, Workspace, explained_write_errors
 from edgestill.compress.teachers import TeacherFacts, best_device, load_teacher
 from edgestill.compress.training_log import LOG, read_log
 from edgestill.profiles.load import LoadedRecipe, load_recipe
-from edgestill.runtime.progress import Progress
+from edgestill.runtime.progress import Progress, QuietProgress
 from edgestill.runtime.reference import save_reference
 
 CODE = {"corpus": 1, "reference": 1}
@@ -60,17 +62,29 @@ class Distilled:
 
 def distill(recipe: str, out: Path, progress: Progress) -> None:
     """`edgestill distill`: run the story and place the student checkpoint in `out/student`."""
+    with joined():
+        progress = progress if is_first() else QuietProgress()
+        loaded, given = first_then_others(lambda: _checked(recipe))
+        with Workspace(out, progress).locked() as space:
+            made = run(loaded, given, space)
+            from_first(lambda: _place(made.student, out))
+        progress.say(f"student: {out / 'student'}")
+
+
+def _checked(recipe: str) -> tuple[LoadedRecipe, Inputs]:
     loaded = load_recipe(recipe)
-    given = check_inputs(loaded)
-    with Workspace(out, progress).locked() as space:
-        made = run(loaded, given, space)
-        beside = out / "student.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        with explained_write_errors(out):
-            shutil.copytree(made.student, beside)
-        shutil.rmtree(out / "student", ignore_errors=True)
-        beside.rename(out / "student")
-    progress.say(f"student: {out / 'student'}")
+    share_of(loaded.recipe.train.batch_size)
+    return loaded, check_inputs(loaded)
+
+
+def _place(student: Path, out: Path) -> None:
+    """Copy the checkpoint to `out/student`, whole or not at all."""
+    beside = out / "student.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    with explained_write_errors(out):
+        shutil.copytree(student, beside)
+    shutil.rmtree(out / "student", ignore_errors=True)
+    beside.rename(out / "student")
 
 
 def run(loaded: LoadedRecipe, given: Inputs, space: Workspace) -> Distilled:

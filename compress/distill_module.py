@@ -119,17 +119,17 @@ class DistillModule(nn.Module):
     ) -> Tensor:
         """The balanced auxiliary losses, scalar."""
         weights = self._sequence_weights(lesson.target, rows)
-        mask = torch.cat([rows.valid, rows.valid[:, -1:]], dim=1)
+        mask = nn.functional.pad(rows.valid, (0, 1))  # the last position predicts nothing
         main = (values.divergence if self.output.weight > 0 else values.cross_entropy).mean()
-        total = values.divergence.new_zeros(())
+        count, total = sum(rows.lengths), values.divergence.new_zeros(())
         if self.features is not None and self.feature_balance is not None:
             found = self.features(ours, lesson.features, weights, mask)
-            self.meter.add("features", found * sum(rows.lengths))
-            total = total + self.feature_balance(main, found) * found
+            self.meter.add("features", found * count)
+            total = total + self.feature_balance(main, found, count) * found
         if self.attention is not None and self.attention_balance is not None:
             found = self.attention(attended, lesson.attention, weights, mask)
-            self.meter.add("attention", found * sum(rows.lengths))
-            total = total + self.attention_balance(main, found) * found
+            self.meter.add("attention", found * count)
+            total = total + self.attention_balance(main, found, count) * found
         return total
 
     def _note(self, rows: Rows, values: OutputValues, lesson: Lesson | None, own: bool) -> None:

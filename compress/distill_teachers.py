@@ -15,6 +15,7 @@ import torch
 from edgestill.compress.cache_answers import Mode
 from edgestill.compress.cache_capture import capture
 from edgestill.compress.calibrate import calibrate, calibration_windows
+from edgestill.compress.processes import from_first, on_this_machine
 from edgestill.compress.setting import Setting
 from edgestill.compress.teachers import TeacherFacts, fit_together, load_teacher
 from edgestill.profiles.schema import Recipe
@@ -64,7 +65,7 @@ def caches_of(at: Setting, calibrations: Sequence[float]) -> list[Path] | None:
     """Folders of the teachers' stored answers, or None when the teachers run during training."""
     train = at.recipe.train
     windows = np.unique(at.order())
-    if not _cache_pays(at, len(at.order()) / len(windows)):
+    if not from_first(lambda: _cache_pays(at, len(at.order()) / len(windows))):  # free memory differs between processes
         return None
     mode: Mode = train.cache_mode
     size = min(train.cache_top_k, at.vocabulary) if mode == "top_k" else train.cache_samples
@@ -94,7 +95,7 @@ def caches_of(at: Setting, calibrations: Sequence[float]) -> list[Path] | None:
             "code": CODE["cache"],
         }
         title = f"cache: answers of teacher {facts.name} on {len(windows)} windows"
-        folders.append(at.space.stage(f"cache-{facts.name}", title, inputs, store).folder)
+        folders.append(at.space.stage(f"cache-{facts.name}", title, inputs, store, together=True).folder)
     return folders
 
 
@@ -119,7 +120,9 @@ def _may_store(at: Setting) -> bool:
 
 def _cache_pays(at: Setting, repeats: float) -> bool:
     wanted = at.recipe.train.teacher_cache
-    memory = torch.cuda.mem_get_info()[0] if at.device.type == "cuda" else psutil.virtual_memory().available
+    memory = psutil.virtual_memory().available // on_this_machine()
+    if at.device.type == "cuda":
+        memory = torch.cuda.mem_get_info()[0]
     fits = fit_together(at.teachers, memory)
     if not at.listens or wanted == "never":
         return False

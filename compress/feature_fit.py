@@ -7,8 +7,8 @@ With x the student's and y the teacher's features of a pair, d_S and d_T wide, t
     low_rank   A B = U U' W, U the top eigenvectors of W E[x x'] W': the best fit of that rank, in two balanced factors
     cka        ||cov(x, y)||^2 / (||cov(x)|| ||cov(y)||) in Frobenius norms, for each student layer and each teacher layer
 
-Teachers are loaded one after the other, and moments are summed batch by batch in float64: no feature outlives its batch but
-the sample of one layer at a time on which prototypes are found. pca turns the teacher's axes, so a student that was cut from
+Teachers are loaded one after the other, and moments are summed batch by batch in float64: no feature outlives its batch but a
+sample (`PASS_BYTES`) on which prototypes are found. pca turns the teacher's axes, so a student that was cut from
 a teacher of its own width is better served by `none`.
 """
 
@@ -43,8 +43,8 @@ from edgestill.runtime.progress import Task
 __all__ = ["Alignment", "fit_alignment"]
 
 CKA_TOKENS = 10_000
-CKA_BYTES = 1 << 30
-"""Moments of as many teacher layers as fit are taken in one pass; the next ones in another."""
+PASS_BYTES = 1 << 30
+"""What may be held of a teacher's layers, moments for cka or samples for prototypes; the next layers get another pass."""
 PROTOTYPE_TOKENS = 8192
 TOKENS_PER_PROTOTYPE = 16
 """The sample for k-means has the larger of the two numbers of tokens."""
@@ -66,9 +66,9 @@ def fit_alignment(
 
     Args:
         teachers: one function per teacher that loads it; a teacher is let go before the next one is loaded.
-        token_ids: integer [W, T], windows of the training part; no more than `spec.fit_tokens` tokens of them are used.
+        token_ids: integer [W, T], windows of the training part; of these, evenly, enough for `spec.fit_tokens` (`evenly`).
         origin_of: per teacher, the layer of it that each student layer was copied from; None: cut from another, or from none.
-        task: advanced by the tokens used, for each teacher.
+        task: advanced by the tokens of these windows for each teacher.
 
     Raises:
         BadInput: `layers: origin` without any origin, windows of which nothing is left after `skip_first_tokens`, more
@@ -155,7 +155,7 @@ class _Fit:
         """`cka`: each of these student layers with its teacher layer."""
         ids, depth = evenly(self.ids, CKA_TOKENS), self.teacher.facts.n_layers
         ours, theirs = self.width, self.teacher.facts.hidden_size
-        room = CKA_BYTES - 8 * len(students) * ours**2
+        room = PASS_BYTES - 8 * len(students) * ours**2
         group = max(1, room // (8 * (theirs**2 + len(students) * ours * theirs)))
         similarity: list[list[float]] = [[] for _ in students]
         for first in range(0, depth, group):
@@ -175,17 +175,22 @@ class _Fit:
 
     def _with_prototypes(self, fits: list[PairFit], count: int) -> list[PairFit]:
         ids = evenly(self.ids, max(PROTOTYPE_TOKENS, TOKENS_PER_PROTOTYPE * count))
+        layers = sorted({fit.teacher_layer for fit in fits})
+        group = max(1, PASS_BYTES // (4 * ids.size * self.teacher.facts.hidden_size))
         found: dict[int, Tensor] = {}
-        for fit in fits:
-            if fit.teacher_layer in found:
-                continue
-            sample = torch.cat(
-                [y[fit.teacher_layer].float() for _, y, _ in self._batches(ids, (), [fit.teacher_layer])]
-            )
-            if self.spec.projection == "pca":
-                directions, mean = (w.to(self.device) for w in fit.weights)
-                sample = (sample - mean) @ directions.T
-            found[fit.teacher_layer] = cluster_directions(sample, count).cpu()
+        for first in range(0, len(layers), group):
+            wanted = layers[first : first + group]
+            sample: dict[int, list[Tensor]] = {t: [] for t in wanted}
+            for _, y, _ in self._batches(ids, (), wanted):
+                for t in wanted:
+                    sample[t].append(y[t].float())
+            for t in wanted:
+                points = torch.cat(sample.pop(t))
+                if self.spec.projection == "pca":
+                    fitted = next(fit for fit in fits if fit.teacher_layer == t)
+                    directions, mean = (w.to(self.device) for w in fitted.weights)
+                    points = (points - mean) @ directions.T
+                found[t] = cluster_directions(points, count).cpu()
         return [fit.with_prototypes(found[fit.teacher_layer]) for fit in fits]
 
 

@@ -175,8 +175,8 @@ def low_rank_of(layer: nn.Linear, moment: Tensor, rank: int) -> LowRankLinear:
 def load_student(folder: Path, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
     """A student's checkpoint, low-rank layers included, in evaluation mode on the CPU. Plain ones load as transformers does.
 
-    `AutoModelForCausalLM.from_pretrained` alone raises a RuntimeError on a checkpoint with low-rank layers, which says "size
-    mismatch for <layer>.weight".
+    `AutoModelForCausalLM.from_pretrained` alone raises a RuntimeError on a checkpoint with low-rank layers: "size mismatch for
+    weight: copying a param with shape [rank, in] from checkpoint, the shape in current model is [out, in]".
 
     Args:
         attention: implementation in transformers' words, as `eager`; None leaves the choice to it.

@@ -88,7 +88,7 @@ def narrow_config(config: PretrainedConfig, spec: NarrowSpec, teacher: str) -> N
         wanted = getattr(spec, name)
         if wanted is not None and wanted > has:
             raise BadInput(
-                f"student.narrow.{name}: {wanted} is more than teacher {teacher!r}'s {has}; keep at most {has}"
+                f"student.narrow.{name}: {wanted} is more than the {has} of teacher {teacher!r}; keep at most {has}"
             )
     config.head_dim = head_size(config)  # before hidden_size and the heads that it would be derived from
     config.intermediate_size = spec.intermediate_size or config.intermediate_size

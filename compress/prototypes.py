@@ -32,7 +32,10 @@ def cluster_directions(features: Tensor, count: int, *, seed: int = 0, steps: in
     centres = _spread_out(points, count, torch.Generator().manual_seed(seed))
     nearest = torch.full((points.shape[0],), -1, device=points.device)
     for _ in range(steps):
-        before, nearest = nearest, torch.cat([(rows @ centres.T).argmax(1) for rows in torch.split(points, ROWS_AT_A_TIME)])
+        before, nearest = (
+            nearest,
+            torch.cat([(rows @ centres.T).argmax(1) for rows in torch.split(points, ROWS_AT_A_TIME)]),
+        )
         if torch.equal(before, nearest):
             break
         sums = torch.zeros_like(centres).index_add_(0, nearest, points)

@@ -4,6 +4,9 @@ A stage writes into `work/<name>-<key>.partial/` and is renamed to `work/<name>-
 lists its inputs and the sha256 of every file. The key hashes the words it depends on, its inputs' keys and its code's
 revision, so a finished stage is reused exactly when nothing it depends on has changed. What a killed stage left in `.partial`
 is handed to the next run, which goes on from there.
+
+Of several processes (processes.py) the first holds the lock and runs the stages; the others wait and read. A stage that is run
+`together` is run by all of them and published by the first. The folder is one that all of them see.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgestill.compress.processes import from_first, is_first
 from edgestill.runtime.errors import EdgestillError, OutputRefused
 from edgestill.runtime.files import write_atomically
 from edgestill.runtime.manifest import canonical_json
@@ -54,19 +58,25 @@ class Stage:
 class Workspace:
     """One build folder. Use within `locked()`."""
 
-    def __init__(self, root: Path, progress: Progress, *, force: bool = False) -> None:
+    def __init__(self, root: Path, progress: Progress, *, force: bool = False, brief: bool = False) -> None:
         self.root = root
         self.progress = progress
         self.force = force
+        self.brief = brief
+        """Stages that were done before are not worth a line each."""
         self.done: list[Stage] = []
 
     @contextmanager
     def locked(self) -> Iterator[Workspace]:
-        """Claim the folder for this process.
+        """Claim the folder for this process, or for all that work together.
 
         Raises:
             OutputRefused: it is not empty and not a build of ours, another process holds it, or it cannot be written.
         """
+        if not is_first():
+            from_first(lambda: None)
+            yield self
+            return
         self._claim()
         descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -79,6 +89,7 @@ class Workspace:
                 ) from None
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            from_first(lambda: None)
             yield self
         finally:
             os.close(descriptor)  # the kernel frees the lock, also when the process is killed
@@ -101,7 +112,13 @@ class Workspace:
             raise
 
     def stage(
-        self, name: str, title: str, inputs: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any] | None]
+        self,
+        name: str,
+        title: str,
+        inputs: Mapping[str, Any],
+        run: Callable[[Path], Mapping[str, Any] | None],
+        *,
+        together: bool = False,
     ) -> Stage:
         """Run a stage, or hand back what it made before.
 
@@ -109,26 +126,43 @@ class Workspace:
             inputs: everything the result depends on, JSON-able: words, hashes, keys of other stages, a code revision.
             run: writes into the folder it is given (which may hold what an interrupted run left) and returns facts
                 about the result, JSON-able.
+            together: every process runs it, and the facts are those of the first; else the first process alone.
         """
         key = stage_key(name, inputs)
         final = self.root / "work" / f"{name}-{key}"
         partial = final.with_name(final.name + ".partial")
+        info = from_first(lambda: self._done_before(final, partial))
+        if info is not None:
+            if not self.brief:
+                self.progress.say(f"{title}: done before, unchanged")
+            return self._keep(Stage(name, final, key, info, True, 0.0))
+        self.progress.stage(title)
+        started = time.perf_counter()
+
+        def publish(facts: Mapping[str, Any] | None) -> dict[str, Any]:
+            info = dict(facts or {})
+            record = {"inputs": dict(inputs), "info": info, "files": _hashes(partial)}
+            write_atomically(partial / STAGE, json.dumps(record, indent=1, sort_keys=True).encode())
+            partial.rename(final)
+            return info
+
+        with explained_write_errors(self.root):
+            if together:
+                facts = run(partial)
+                info = from_first(lambda: publish(facts))
+            else:
+                info = from_first(lambda: publish(run(partial)))
+        return self._keep(Stage(name, final, key, info, False, time.perf_counter() - started))
+
+    def _done_before(self, final: Path, partial: Path) -> dict[str, Any] | None:
+        """The info of the stage in `final`; None, and `partial` is there to be filled, when it has to be run."""
         if self.force:
             shutil.rmtree(final, ignore_errors=True)
             shutil.rmtree(partial, ignore_errors=True)
         info = self._finished(final)
-        if info is not None:
-            self.progress.say(f"{title}: done before, unchanged")
-            return self._keep(Stage(name, final, key, info, True, 0.0))
-        self.progress.stage(title)
-        started = time.perf_counter()
-        partial.mkdir(parents=True, exist_ok=True)
-        with explained_write_errors(self.root):
-            info = dict(run(partial) or {})
-            record = {"inputs": dict(inputs), "info": info, "files": _hashes(partial)}
-            write_atomically(partial / STAGE, json.dumps(record, indent=1, sort_keys=True).encode())
-            partial.rename(final)
-        return self._keep(Stage(name, final, key, info, False, time.perf_counter() - started))
+        if info is None:
+            partial.mkdir(parents=True, exist_ok=True)
+        return info
 
     def _keep(self, stage: Stage) -> Stage:
         self.done.append(stage)
@@ -154,7 +188,13 @@ class Keys(Workspace):
     """The same folder, asked what its stages are called: none is run, and what a finished one reported is not read."""
 
     def stage(
-        self, name: str, title: str, inputs: Mapping[str, Any], run: Callable[[Path], Mapping[str, Any] | None]
+        self,
+        name: str,
+        title: str,
+        inputs: Mapping[str, Any],
+        run: Callable[[Path], Mapping[str, Any] | None],
+        *,
+        together: bool = False,
     ) -> Stage:
         """The stage as it would be; `reused` says whether its folder is there."""
         key = stage_key(name, inputs)

@@ -59,7 +59,7 @@ class Taid(nn.Module):
 class Balance(nn.Module):
     """The factor that makes an auxiliary loss `ratio` times the main one, by running means of both (after ModelOpt's balancer).
 
-    Until the first step has ended the factor is that of the first batch seen.
+    In the very first step it is 0: what a batch says of itself would differ from what the whole step says.
     """
 
     main: Tensor
@@ -71,23 +71,21 @@ class Balance(nn.Module):
         self.ratio, self.decay = ratio, decay
         self.register_buffer("main", torch.zeros(()))
         self.register_buffer("auxiliary", torch.zeros(()))
-        self.register_buffer("sums", torch.zeros(2), persistent=False)
+        self.register_buffer("sums", torch.zeros(3), persistent=False)
 
     @torch.no_grad()
-    def forward(self, main: Tensor, auxiliary: Tensor) -> Tensor:
-        """The factor for `auxiliary` (detached scalar); both are means over the rows of a batch."""
-        observed = torch.stack([main.detach().float(), auxiliary.detach().float()])
+    def forward(self, main: Tensor, auxiliary: Tensor, rows: int) -> Tensor:
+        """The factor for `auxiliary` (detached scalar); both losses are means over `rows` rows."""
         if self.training:
-            self.sums += observed
-        fresh = self.auxiliary == 0
-        above = torch.where(fresh, observed[0], self.main)
-        below = torch.where(fresh, observed[1], self.auxiliary)
-        return self.ratio * above / below.clamp_min(1e-12)
+            observed = torch.stack([main.detach().float(), auxiliary.detach().float(), torch.ones_like(self.main)])
+            self.sums += observed * rows
+        return self.ratio * self.main / self.auxiliary.clamp_min(1e-12)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Take the sums of the step into the running means; both start at 0 with the same bias, which cancels in the ratio."""
-        main, auxiliary = summed(self.sums)
-        self.main.mul_(self.decay).add_(main, alpha=1 - self.decay)
-        self.auxiliary.mul_(self.decay).add_(auxiliary, alpha=1 - self.decay)
+        """Take the means of the step into the running ones; both start at 0 with the same bias, which cancels in the ratio."""
+        main, auxiliary, rows = summed(self.sums)
+        seen = (1 - self.decay) * (rows > 0)
+        self.main.lerp_(main / rows.clamp_min(1), seen)
+        self.auxiliary.lerp_(auxiliary / rows.clamp_min(1), seen)
         self.sums.zero_()

@@ -100,7 +100,7 @@ def make_student(
     device: torch.device = CPU,
     task: Task | None = None,
 ) -> NewStudent:
-    """A student with the teachers' vocabulary, special ids included.
+    """A student with the teachers' vocabulary, special ids included. The global random state is left as it was.
 
     Args:
         vocabulary: real size of the shared tokenizer; a kept teacher's padded rows are cut off.
@@ -112,14 +112,25 @@ def make_student(
         BadInput: as `student_config`.
         ValueError: importance is to be measured, and there is no text.
     """
-    config = student_config(spec, teachers, vocabulary)
-    if spec.init == "config":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-        return NewStudent(model, None, {})
-    teacher = _source(spec, teachers)
-    calibration = _calibration(spec, text)
+    with torch.random.fork_rng(devices=[]):
+        config = student_config(spec, teachers, vocabulary)
+        torch.manual_seed(seed)
+        if spec.init == "config":
+            return NewStudent(AutoModelForCausalLM.from_config(config), None, {})
+        calibration = _calibration(spec, text)
+        return _cut_down(spec, _source(spec, teachers), vocabulary, seed, calibration, device, task)
+
+
+def _cut_down(
+    spec: StudentSpec,
+    teacher: TeacherFacts,
+    vocabulary: int,
+    seed: int,
+    calibration: Calibration | None,
+    device: torch.device,
+    task: Task | None,
+) -> NewStudent:
+    """The teacher with fewer layers, then less width, then less rank."""
     model = AutoModelForCausalLM.from_pretrained(teacher.path, dtype=torch.float32).to(device)
     kept, notes = _chosen(spec, teacher, model, calibration, task)
     _keep_layers(model, kept)

@@ -38,8 +38,8 @@ BITSANDBYTES_8BIT = "bitsandbytes.autograd._functions"
 
 
 def best_device() -> torch.device:
-    """The first GPU if there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def native_bfloat16(device: torch.device) -> bool:

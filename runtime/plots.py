@@ -1,4 +1,4 @@
-"""The figures of report.html as SVG text: training curves, teacher weights, perplexities, latencies, memory.
+"""The house's look for figures, and those of report.html that show perplexities, losses, latencies and memory.
 
 Figures are made without pyplot, so no global state and no window system is touched. Text from outside loses what matplotlib
 would interpret (`$...$`) or cannot draw. The same report gives the same bytes.
@@ -6,13 +6,13 @@ would interpret (`$...$`) or cannot draw. The same report gives the same bytes.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from edgestill.runtime.errors import MissingPart
+from edgestill.runtime.training_facts import tokens_at
 
 COLOURS = ("#0b5fa5", "#c8541b", "#3b8132", "#7a4fa3", "#b58900", "#147d86", "#a8326e", "#5c6670")
 INK, GRID = "#1c2733", "#d5dbe1"
@@ -20,32 +20,16 @@ LABEL_CHARACTERS = 32
 WIDE, HALF = (8.6, 3.3), (4.2, 3.0)
 """Inches; the page scales them to its width."""
 
+ALIGNED = "losses with their own units"
+CURVES = (
+    ("loss, nats per token", ("loss", "output", "cross_entropy")),
+    (ALIGNED, ("ranking", "features", "attention")),
+    ("interpolation, 1: the teachers", ("interpolation",)),
+)
+"""Title of a panel and the fields of training.jsonl in it; an alignment loss of 0.01 would be a flat line beside 5 nats."""
+LOSSES = tuple(name for _, names in CURVES for name in names)
+
 Series = list[tuple[str, list[float], list[float]]]
-
-
-def figures(report: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | None) -> list[tuple[str, str]]:
-    """(caption, SVG text) of every figure the data allow.
-
-    Args:
-        report: report.json.
-        training: rows of training.jsonl, or None.
-
-    Raises:
-        MissingPart: matplotlib is not installed.
-    """
-    makers: list[tuple[str, Callable[[], Any]]] = [
-        ("Perplexity on the held-out tokens, beside the teachers (lower is better).", lambda: perplexity_bars(report)),
-        ("Losses over training.", lambda: loss_curves(training or [])),
-        (
-            "Mean weight of each teacher over training, by the domain of the text.",
-            lambda: teacher_weights(training or []),
-        ),
-        ("Latencies; the dashed line is the median.", lambda: latency_histograms(report.get("samples", {}))),
-        ("Resident memory of the measuring process.", lambda: memory_over_time(report.get("memory_timeline", {}))),
-    ]
-    with style():
-        made = [(caption, make()) for caption, make in makers]
-        return [(caption, _svg(figure)) for caption, figure in made if figure is not None]
 
 
 @contextmanager
@@ -91,7 +75,7 @@ def perplexity_bars(report: Mapping[str, Any]) -> Any:
     if not rows:
         return None
     columns = [clean(c) for c in table["columns"]]
-    figure, axes = _figure(WIDE)
+    figure, axes = new_figure(WIDE)
     width = 0.8 / len(rows)
     for i, row in enumerate(rows):
         values = [v if v is not None else math.nan for v in row["values"]]
@@ -121,52 +105,22 @@ def perplexity_bars(report: Mapping[str, Any]) -> Any:
 
 
 def loss_curves(training: Sequence[Mapping[str, Any]]) -> Any:
-    """Losses against tokens; validation perplexity beside them where it was measured."""
-    series = _series(training, ("loss", "output", "cross_entropy", "features", "attention"))
-    validation = _series(training, ("validation_perplexity",))
-    if not series:
+    """Losses against tokens: those in nats; beside them, where the recipe has them, those with a unit of their own, and how far
+    an interpolated target has moved to the teachers."""
+    parts = [(title, _series(training, names)) for title, names in CURVES]
+    shown = [(title, series) for title, series in parts if series]
+    if not shown:
         return None
-    if not validation:
-        figure, axes = _figure(WIDE)
-    else:
-        figure, (axes, right) = _figure(WIDE, columns=2)
-        _, x, y = validation[0]
-        right.plot(x, y, color=INK, marker="o", markersize=3)
-        _count_axis(right)
-        right.set_title("validation perplexity", fontsize=9)
-    for i, (name, x, y) in enumerate(series):
-        axes.plot(
-            x, y, label=name.replace("_", " "), color=COLOURS[i % len(COLOURS)], lw=1.9 if name == "loss" else 1.2
-        )
-    _count_axis(axes)
-    axes.set_title("loss, nats per token", fontsize=9)
-    axes.legend(fontsize=8)
-    return figure
-
-
-def teacher_weights(training: Sequence[Mapping[str, Any]]) -> Any:
-    """One panel per domain: the share of each teacher in the fused target against tokens."""
-    rows = [row for row in training if row.get("weights")]
-    domains = list(dict.fromkeys(d for row in rows for d in row["weights"]))[:6]
-    if not domains:
-        return None
-    teachers = list(dict.fromkeys(t for row in rows for weights in row["weights"].values() for t in weights))
-    figure, panels = _figure((WIDE[0], 2.6), columns=len(domains), sharey=True)
-    for axes, domain in zip(panels if len(domains) > 1 else [panels], domains, strict=True):
-        for i, teacher in enumerate(teachers):
-            points = [
-                (_tokens(row), row["weights"][domain][teacher])
-                for row in rows
-                if teacher in row["weights"].get(domain, {})
-            ]
-            axes.plot(
-                [x for x, _ in points], [y for _, y in points], label=clean(teacher), color=COLOURS[i % len(COLOURS)]
-            )
-        axes.set_title(clean(domain), fontsize=9)
-        axes.set_ylim(0, 1)
-        _count_axis(axes)
-    figure.axes[0].set_ylabel("weight")
-    figure.axes[0].legend(fontsize=8)
+    figure, panels = new_figure(WIDE, columns=len(shown))
+    for axes, (title, series) in zip(panels if len(shown) > 1 else [panels], shown, strict=True):
+        for name, x, y in series:
+            colour = COLOURS[LOSSES.index(name) % len(COLOURS)]
+            width = 1.9 if name == "loss" else 1.2
+            axes.plot(x, y, label=name.replace("_", " "), color=colour, lw=width, marker=point(x))
+        count_axis(axes)
+        axes.set_title(title, fontsize=9)
+        if len(series) > 1 or title == ALIGNED:
+            axes.legend(fontsize=8)
     return figure
 
 
@@ -176,7 +130,7 @@ def latency_histograms(samples: Mapping[str, Any]) -> Any:
     inter = [x for run in samples.get("inter_token_ms") or [] for x in run]
     if not first or not inter:
         return None
-    figure, panels = _figure(WIDE, columns=2)
+    figure, panels = new_figure(WIDE, columns=2)
     for axes, values, title in ((panels[0], first, "first token"), (panels[1], inter, "between tokens")):
         values = sorted(values)
         cut = 2 * values[math.ceil(0.95 * len(values)) - 1]  # a few stalls must not squash the histogram
@@ -195,7 +149,7 @@ def memory_over_time(timeline: Mapping[str, Any]) -> Any:
     points = timeline.get("points") or []
     if len(points) < 2:
         return None
-    figure, axes = _figure((WIDE[0], 2.6))
+    figure, axes = new_figure((WIDE[0], 2.6))
     x, y = [p[0] for p in points], [p[1] for p in points]
     axes.fill_between(x, y, color=COLOURS[0], alpha=0.18, linewidth=0)
     axes.plot(x, y, color=COLOURS[0])
@@ -217,14 +171,22 @@ def clean(text: object) -> str:
     return f" {line}" if line.startswith("_") else line
 
 
-def _figure(size: tuple[float, float], columns: int = 1, sharey: bool = False) -> tuple[Any, Any]:
+def new_figure(
+    size: tuple[float, float], columns: int = 1, rows: int | None = None, sharey: bool | Literal["col"] = False
+) -> tuple[Any, Any]:
+    """(figure, axes); size in inches. `rows` given: axes by row and column; else one axes, or a row of several."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(1, columns, sharey=sharey)
+    return figure, figure.subplots(rows or 1, columns, sharey=sharey, squeeze=rows is None)
 
 
-def _count_axis(axes: Any) -> None:
+def point(values: Sequence[float]) -> str:
+    """The marker of a line through `values`: one point alone has no line to be seen by."""
+    return "o" if len(values) == 1 else ""
+
+
+def count_axis(axes: Any) -> None:
     """Tokens along x: few ticks with short labels (`500 k`, `1.5 M`), so that panels side by side do not run together."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -237,17 +199,7 @@ def _series(training: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Seri
     """(name, tokens, values) of every name that occurs, without nulls."""
     out: Series = []
     for name in names:
-        points = [(_tokens(row), float(row[name])) for row in training if row.get(name) is not None]
+        points = [(tokens_at(row), float(row[name])) for row in training if row.get(name) is not None]
         if points:
             out.append((name, [x for x, _ in points], [y for _, y in points]))
     return out
-
-
-def _tokens(row: Mapping[str, Any]) -> float:
-    return float(row.get("tokens", row.get("step", 0)))
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgestill.runtime.beside import COLUMNS, rows_beside
 from edgestill.runtime.errors import BadInput
+from edgestill.runtime.figures import figures
 from edgestill.runtime.manifest import LOCAL, MANIFEST
 from edgestill.runtime.metrics import metric
-from edgestill.runtime.plots import figures
+from edgestill.runtime.training_facts import histograms_of, teacher_means, without_histograms
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,20 +187,31 @@ def _newest_check(opened: Any) -> dict[str, Any] | None:
 
 
 def page(report: Mapping[str, Any], manifest: Mapping[str, Any], training: Sequence[Mapping[str, Any]] | None) -> str:
-    """The whole page as text."""
+    """The whole page as text.
+
+    Args:
+        report: report.json.
+        manifest: manifest.json.
+        training: rows of training.jsonl, or None.
+
+    Raises:
+        BundleError: the manifest's histograms are none.
+        MissingPart: matplotlib is not installed.
+    """
     from jinja2 import Environment, StrictUndefined
 
     source = resources.files("edgestill.runtime.templates").joinpath("report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "limit": limit_text, "result": result_text, "flat": flatten}
     environment.globals |= {"with_error": with_error, "about": _about}
+    histograms = histograms_of(manifest)
     pictures = [
         {"caption": caption, "data": base64.b64encode(svg.encode()).decode()}
-        for caption, svg in figures(report, training)
+        for caption, svg in figures(report, training, histograms)
     ]
     return environment.from_string(source).render(
         report=report,
-        manifest=manifest,
+        manifest=without_histograms(manifest),
         pictures=pictures,
         banner=BANNER.get(str(report["verdict"]), ""),
         verdict=verdict_line(report),
@@ -210,6 +222,7 @@ def page(report: Mapping[str, Any], manifest: Mapping[str, Any], training: Seque
         warm_up=(report.get("samples") or {}).get("warm_up") or [],
         beside=rows_beside(report),
         beside_columns=COLUMNS,
+        heard=teacher_means(training, histograms),
     )
 
 

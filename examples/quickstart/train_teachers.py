@@ -11,29 +11,22 @@ Killed and started again, it goes on from its newest checkpoint.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from edgestill.compress.corpus import build_corpus, open_corpus, training_order
-from edgestill.compress.distill_module import DistillModule
-from edgestill.compress.fused_head import OutputLoss
-from edgestill.compress.reference import choose_windows, perplexity
-from edgestill.compress.trainer import OrderedWindows, autocast_bfloat16, train
+from edgestill.compress.corpus import build_corpus, open_corpus
+from edgestill.compress.pretrain import new_llama, pretrain
 from edgestill.profiles.schema import DataSpec, SourceSpec, SplitSpec, TrainSpec
 from edgestill.runtime.progress import Progress
 
 HERE = Path(__file__).parent
-SHAPES: dict[str, dict[str, Any]] = {
-    "verse": {"hidden_size": 224, "num_hidden_layers": 4, "num_attention_heads": 7, "num_key_value_heads": 7},
-    "prose": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8},
+SHAPES = {
+    "verse": {"hidden_size": 224, "num_hidden_layers": 4, "num_attention_heads": 7, "intermediate_size": 576},
+    "prose": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 672},
 }
 """Different widths on purpose: a student must be able to learn from teachers of different shapes."""
+MAX_TOKENS = 512
 
 
 def recipe(domain: str, tokens: int, seed: int) -> tuple[DataSpec, TrainSpec]:
@@ -62,38 +55,8 @@ def main() -> None:
     build_corpus(data, lambda path: HERE / path, HERE / "tokenizer", work / "corpus", seed=0, progress=progress)
     corpus = open_corpus(work / "corpus")
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tokenizer")
-    shape = SHAPES[arguments.domain]
-    config = AutoConfig.for_model(
-        "llama",
-        **shape,
-        intermediate_size=shape["hidden_size"] * 8 // 3 // 32 * 32,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(arguments.seed)
-    model = AutoModelForCausalLM.from_config(config)
-    bf16 = autocast_bfloat16(spec, torch.device("cpu"))
-    loss = OutputLoss(weight=0.0, cross_entropy=1.0, matmul_dtype=torch.bfloat16 if bf16 else torch.float32)
-    module = DistillModule(model, None, loss, None, 1)
-    steps = math.ceil(spec.tokens / (spec.batch_size * corpus.sequence_length))
-    order = training_order(corpus, steps * spec.batch_size * corpus.sequence_length, spec.seed)
-    (work / "run").mkdir(exist_ok=True)
-    names = {"teachers": (), "domains": (arguments.domain,)}
-    with progress.task(arguments.domain, spec.tokens, "tokens") as task:
-        facts = train(module, OrderedWindows(corpus.training, order), spec, work / "run", task, names=names)
-    model = model.eval().float().cpu()
-    windows = choose_windows(corpus.validation, 1 << 20)
-    facts["validation_perplexity"] = round(perplexity(model, corpus.validation, windows, batch_size=8), 2)
-    folder = arguments.out / arguments.domain
-    shutil.rmtree(folder, ignore_errors=True)
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    facts |= {"command_tokens": arguments.tokens, "seed": arguments.seed}
-    (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    progress.say(f"{arguments.domain}: validation perplexity {facts['validation_perplexity']} ({folder})")
+    model = new_llama(SHAPES[arguments.domain], tokenizer, MAX_TOKENS, arguments.seed)
+    pretrain(model, tokenizer, corpus, spec, arguments.out / arguments.domain, work / "run", progress)
 
 
 if __name__ == "__main__":

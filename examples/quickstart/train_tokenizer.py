@@ -13,11 +13,11 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from edgestill.compress.pretrain import byte_level_bpe
+
 HERE = Path(__file__).resolve().parent
-END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
 MAX_TOKENS = 512
 TRAINING_SHARE = 0.92
@@ -33,25 +33,7 @@ def training_texts(corpus: Path) -> Iterator[str]:
 
 def train(corpus: Path) -> PreTrainedTokenizerFast:
     """Byte-level BPE over `corpus`/*/*.txt."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(training_texts(corpus), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        model_max_length=MAX_TOKENS,
-        clean_up_tokenization_spaces=False,
-    )
+    return byte_level_bpe(training_texts(corpus), VOCABULARY, MAX_TOKENS, digits_alone=True)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def test_a_fit_that_was_killed_between_its_files_is_refused(tmp_path: Path) -> N
     some().save(tmp_path)
     words = (tmp_path / WORDS).read_bytes()
     (tmp_path / WORDS).unlink()
-    with pytest.raises(BadInput, match="holds no whole feature fit .* build again"):
+    with pytest.raises(BadInput, match=r"holds no whole feature fit .* build again"):
         Alignment.load(tmp_path)
     some(1).save(tmp_path)
     (tmp_path / WORDS).write_bytes(words)  # the new tensors beside the words of before

@@ -110,7 +110,9 @@ def test_gradients_flow_and_no_hook_stays() -> None:
 def test_what_cannot_be_watched() -> None:
     fields = {"hidden_size": 16, "n_head": 2, "n_layer": 1, "vocab_size": 8}
     bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **fields))
-    with pytest.raises(BadInput, match=r"BloomForCausalLM, family 'bloom', are not known, only those of cohere, .*phi3"):
+    with pytest.raises(
+        BadInput, match=r"BloomForCausalLM, family 'bloom', are not known, only those of cohere, .*phi3"
+    ):
         tap(bloom, [0])
     with (
         pytest.raises(BadInput, match=r"maps, but LlamaForCausalLM runs sdpa attention.*set_attn_implementation"),

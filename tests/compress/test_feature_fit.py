@@ -53,7 +53,8 @@ def loader(path: Path) -> Make:
 
 @pytest.fixture(scope="module")
 def wide(root: Path) -> Make:
-    return loader(root / "wide")
+    teacher = loader(root / "wide")()
+    return lambda: teacher
 
 
 def fit(
@@ -138,7 +139,7 @@ def planted_student(path: Path, layers: int) -> PreTrainedModel:
 @pytest.mark.filterwarnings("ignore:Some weights")
 @pytest.mark.parametrize("room", [1 << 30, 1])
 def test_cka_finds_planted_layers(root: Path, wide: Make, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_fit, "CKA_BYTES", room)  # all teacher layers in one pass, or one by one
+    monkeypatch.setattr(feature_fit, "PASS_BYTES", room)  # all teacher layers in one pass, or one by one
     planted = planted_student(root / "wide", 3)
     assert fit(planted, [wide], layers="uniform").pairs == [[(0, 1), (1, 3), (2, 5)]]
     alignment = fit(planted, [wide], layers="cka")
@@ -151,17 +152,20 @@ def test_origin_for_the_teacher_it_was_cut_from_and_uniform_for_the_other(
     student: PreTrainedModel, root: Path, wide: Make
 ) -> None:
     other = loader(root / "other")
-    alignment = fit(student, [other, wide], [None, [0, 2, 3]], layers="origin")
-    assert alignment.pairs == [[(0, 0), (1, 2), (2, 3)], [(0, 0), (1, 2), (2, 3)]]
+    alignment = fit(student, [other, wide], [None, [0, 1, 4]], layers="origin")
+    assert alignment.pairs == [[(0, 0), (1, 2), (2, 3)], [(0, 0), (1, 1), (2, 4)]]
     assert [f.weights[0].shape for fits in alignment.fits for f in fits] == [(48, 32)] * 3 + [(64, 32)] * 3
     with pytest.raises(BadInput, match="origin needs a student that was cut from a teacher"):
         fit(student, [other, wide], layers="origin")
 
 
-@pytest.mark.parametrize("projection", ["linear", "pca"])
-def test_prototypes_lie_in_the_space_of_comparison(student: PreTrainedModel, wide: Make, projection: str) -> None:
-    pairs = [(1, 4), (2, 4)]
-    one, two = fit(student, [wide], layers=pairs, projection=projection, prototypes={"count": 8}).fits[0]
+@pytest.mark.parametrize(("projection", "room"), [("linear", 1 << 30), ("pca", 1 << 30), ("pca", 1)])
+def test_prototypes_lie_in_the_space_of_comparison(
+    student: PreTrainedModel, wide: Make, projection: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_fit, "PASS_BYTES", room)
+    pairs = [(0, 1), (1, 4), (2, 4)]
+    _, one, two = fit(student, [wide], layers=pairs, projection=projection, prototypes={"count": 8}).fits[0]
     assert one.prototypes is not None
     assert two.prototypes is not None
     assert torch.equal(one.prototypes, two.prototypes)
@@ -175,9 +179,7 @@ def test_prototypes_lie_in_the_space_of_comparison(student: PreTrainedModel, wid
         torch.testing.assert_close(one.prototypes[i], normalize(points[owner == i].sum(0), dim=0), atol=1e-5, rtol=1e-4)
 
 
-def test_one_teacher_at_a_time_and_the_student_is_left_as_it_was(
-    student: PreTrainedModel, root: Path, wide: Make
-) -> None:
+def test_one_teacher_at_a_time_and_the_student_is_left_as_it_was(student: PreTrainedModel, root: Path) -> None:
     alive: list[weakref.ref[Teacher]] = []
 
     def watched(make: Make) -> Make:
@@ -192,7 +194,8 @@ def test_one_teacher_at_a_time_and_the_student_is_left_as_it_was(
     before = {name: value.clone() for name, value in student.state_dict().items()}
     student.train()
     state = torch.get_rng_state()
-    fit(student, [watched(wide), watched(loader(root / "other")), watched(wide)], layers="cka", prototypes={"count": 4})
+    wide, other = loader(root / "wide"), loader(root / "other")
+    fit(student, [watched(wide), watched(other), watched(wide)], layers="cka", prototypes={"count": 4})
     assert len(alive) == 3
     assert student.training
     assert torch.equal(state, torch.get_rng_state())

@@ -48,7 +48,7 @@ def test_origin_is_where_the_layer_came_from() -> None:
 def test_origin_of_a_student_from_scratch_is_refused() -> None:
     require_origin(FeatureLossSpec(layers="origin"), known=True)
     require_origin(FeatureLossSpec(layers="uniform"), known=False)
-    with pytest.raises(BadInput, match="origin needs a student that was cut from a teacher; .* or layers: uniform"):
+    with pytest.raises(BadInput, match=r"origin needs a student that was cut from a teacher; .* or layers: uniform"):
         require_origin(FeatureLossSpec(layers="origin"), known=False)
 
 

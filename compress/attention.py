@@ -184,12 +184,13 @@ class AttentionLoss(nn.Module):
             ours: student layer -> Relations or maps [B, H, T, T].
             theirs: per teacher, layer -> the same of that teacher.
             weights: float32 [K, B], weight of each teacher for each sequence (detached, sum 1 over K).
-            mask: bool [B, T], rows (queries) that count.
+            mask: bool [B, T], rows (queries) that count. The loss is their mean, so that batches weighted by their numbers of
+                rows add up to the loss of all of them at once.
         """
-        share = mask.float() / mask.sum(1, keepdim=True).clamp_min(1)  # [B, T], sums to 1 per sequence
+        share = mask.float() / mask.sum().clamp_min(1)  # [B, T]
         total = weights.new_zeros(())
         for k, pairs in enumerate(self.plan.pairs):
-            rows = share * weights[k].unsqueeze(1) / (len(pairs) * len(share))
+            rows = share * weights[k].unsqueeze(1) / len(pairs)
             for s, t in pairs:
                 total = total + self._distance(ours[s], theirs[k][t], rows)
         return total

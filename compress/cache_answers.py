@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from edgestill.compress.divergence import row_dot
+
 Mode = Literal["top_k", "sampling"]
 ARRAYS: dict[str, tuple[str, ...]] = {
     "top_k": ("ids", "logp", "tail_logp", "entropy", "entropy_calibrated", "label_logp"),
@@ -108,7 +110,7 @@ def _entropy(z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """log Z and the entropy log Z - E[z] [n] of weights = exp(z), z at most 0: both terms are at least 0."""
     total = weights.sum(-1)
     log_total = total.log()
-    return log_total, log_total - torch.linalg.vecdot(weights, z) / total
+    return log_total, log_total - row_dot(weights, z) / total
 
 
 def _distinct(draws: Tensor, width: int) -> tuple[Tensor, Tensor]:

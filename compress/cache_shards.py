@@ -67,7 +67,9 @@ class ShardWriter:
 def map_shard(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     """Metadata and memory-mapped arrays of a safetensors file (8 bytes of header size, JSON header, raw arrays)."""
     kinds = {"U8": "u1", "U16": "<u2", "U32": "<u4", "I64": "<i8", "F16": "<f2"}
-    data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)  # every slice of a memmap object costs microseconds more
+    data = np.memmap(path, np.uint8, mode="r").view(
+        np.ndarray
+    )  # every slice of a memmap object costs microseconds more
     begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:begin].tobytes())
     metadata = json.loads(header.pop("__metadata__")["capture"])

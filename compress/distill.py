@@ -35,6 +35,7 @@ from edgestill.compress.processes import first_then_others, from_first, is_first
 from edgestill.compress.reference import choose_windows, make_reference
 from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.compress.setting import Setting
+from edgestill.compress.sharding import check_sharding
 from edgestill.compress.stages import Stage, Workspace, explained_write_errors
 from edgestill.compress.teachers import TeacherFacts, best_device, load_teacher
 from edgestill.compress.training_log import LOG, read_log
@@ -42,7 +43,7 @@ from edgestill.profiles.load import LoadedRecipe, load_recipe
 from edgestill.runtime.progress import Progress, QuietProgress
 from edgestill.runtime.reference import save_reference
 
-CODE = {"corpus": 1, "reference": 1}
+CODE = {"corpus": 2, "reference": 1}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 
 
@@ -74,6 +75,7 @@ def distill(recipe: str, out: Path, progress: Progress) -> None:
 def _checked(recipe: str) -> tuple[LoadedRecipe, Inputs]:
     loaded = load_recipe(recipe)
     share_of(loaded.recipe.train.batch_size)
+    check_sharding(loaded.recipe.train)
     return loaded, check_inputs(loaded)
 
 

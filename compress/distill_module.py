@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -57,7 +56,12 @@ class DistillModule(nn.Module):
         self._source = [source]  # in a list: not a submodule, whatever it holds is neither moved nor saved
 
     def forward(
-        self, input_ids: Tensor, windows: Sequence[int], normaliser: Tensor, own: bool = False, **words: Any
+        self,
+        input_ids: Tensor,
+        windows: Sequence[int],
+        normaliser: Tensor,
+        rewrite: Callable[[PreTrainedModel, Tensor], Tensor] | None = None,
+        **words: Any,
     ) -> Tensor:
         """Scalar loss.
 
@@ -65,11 +69,14 @@ class DistillModule(nn.Module):
             input_ids: int64 [B, T].
             windows: index of each window in the training part, on the host.
             normaliser: valid labels of the whole accumulation window, over all processes.
-            own: the student wrote part of the windows, so there is no true next token to learn.
+            rewrite: makes the student write part of the windows, which leaves no true next token to learn. It runs in here,
+                where the weights of a student that is spread over processes are whole.
             words: the rows (`Rows.to_batch`).
         """
         rows = Rows.from_batch(words)
-        if own:
+        own = rewrite is not None
+        if rewrite is not None:
+            input_ids = rewrite(self.student, input_ids)
             rows = rows.written(input_ids)
         if self.policy is not None:
             self.policy.begin(len(rows.lengths))
@@ -86,7 +93,7 @@ class DistillModule(nn.Module):
             dataclasses.replace(self.output, cross_entropy=0.0) if own else self.output,
         )
         self._note(rows, values, lesson, own)
-        if lesson is not None and rows.lengths and sum(rows.lengths):
+        if lesson is not None:  # also without a row: every process must reach every parameter
             loss = loss + self._aligned(rows, values, lesson, ours, attended) * (sum(rows.lengths) / normaliser)
         return loss
 
@@ -120,8 +127,8 @@ class DistillModule(nn.Module):
         """The balanced auxiliary losses, scalar."""
         weights = self._sequence_weights(lesson.target, rows)
         mask = nn.functional.pad(rows.valid, (0, 1))  # the last position predicts nothing
-        main = (values.divergence if self.output.weight > 0 else values.cross_entropy).mean()
         count, total = sum(rows.lengths), values.divergence.new_zeros(())
+        main = (values.divergence if self.output.weight > 0 else values.cross_entropy).sum() / max(count, 1)
         if self.features is not None and self.feature_balance is not None:
             found = self.features(ours, lesson.features, weights, mask)
             self.meter.add("features", found * count)

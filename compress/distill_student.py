@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from edgestill.compress.alignment import Alignment
 from edgestill.compress.distill_module import DistillModule
 from edgestill.compress.feature_fit import evenly, fit_alignment
 from edgestill.compress.low_rank import load_student
 from edgestill.compress.objectives import module_of
+from edgestill.compress.processes import from_first, is_first
 from edgestill.compress.reference import choose_windows, perplexity
 from edgestill.compress.setting import Setting
+from edgestill.compress.sharding import whole_state
 from edgestill.compress.stages import Stage
 from edgestill.compress.student import count_parameters, make_student
 from edgestill.compress.teachers import load_teacher
@@ -61,7 +64,7 @@ def student_of(at: Setting, calibrations: Sequence[float], caches: list[Path] | 
     def learn(folder: Path) -> dict[str, Any]:
         return _train_into(at, folder, made, aligned, calibrations, caches)
 
-    return at.space.stage("train", "train: the student", inputs, learn)
+    return at.space.stage("train", "train: the student", inputs, learn, together=True)
 
 
 def made_of(at: Setting) -> Stage:
@@ -137,46 +140,61 @@ def _train_into(
     calibrations: Sequence[float],
     caches: list[Path] | None,
 ) -> dict[str, Any]:
-    """Everything but the last rename; a run that was killed while it tidied up is not trained again."""
+    """Everything but the last rename; a run that was killed while it tidied up is not trained again. All processes train, the
+    first keeps the result."""
     run, result = folder / "run", folder / "result.json"
-    if not result.exists():
+    if not from_first(result.exists):
         student = load_student(made.folder / "student", torch.float32).to(at.device)
         alignment = Alignment.load(aligned.folder) if aligned is not None else None
         module = module_of(at, student, alignment, calibrations, caches)
-        info = {"teachers_from": "cache" if caches else "memory", "made": made.info, **_learn(at, module, run, folder)}
-        write_atomically(result, json.dumps(info).encode())
+        facts = _learn(at, module, run)
+        state = whole_state(module)
+        if is_first():
+            info = {"teachers_from": "cache" if caches else "memory", "made": made.info, **facts}
+            _keep_result(at, made, state, folder)
+            info["validation_perplexity"] = _validated(at, folder)
+            shutil.copy(run / LOG, folder / LOG)
+            write_atomically(result, json.dumps(info).encode())
+    if not is_first():
+        return {}
     shutil.rmtree(run, ignore_errors=True)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
-def _learn(at: Setting, module: DistillModule, run: Path, folder: Path) -> dict[str, Any]:
-    """Train, and place what is kept in `folder`."""
-    spec, student = at.recipe.train, module.student
-    parameters = count_parameters(student)
+def _learn(at: Setting, module: DistillModule, run: Path) -> dict[str, Any]:
+    """Train in the folder `run`; returns facts about it."""
+    parameters = count_parameters(module.student)
     _say_sizes(at, parameters)
     order = at.order()
     names = {"teachers": tuple(t.name for t in at.teachers), "domains": at.domains}
     run.mkdir(exist_ok=True)
     with at.progress.task("training", len(order) * at.corpus.sequence_length, "tokens") as task:
-        info = train(module, OrderedWindows(at.corpus.training, order), spec, run, task, names=names)
-    reached = _validated(at, student)
-    at.progress.say(f"student: validation perplexity {reached:.1f}")
-    student.save_pretrained(folder / "student")
-    AutoTokenizer.from_pretrained(at.teachers[0].path).save_pretrained(folder / "student")
-    state = {name: t for name, t in module.state_dict().items() if not name.startswith(("student.", "meter."))}
-    if state:
-        save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / STATE)
-    shutil.copy(run / LOG, folder / LOG)
+        info = train(module, OrderedWindows(at.corpus.training, order), at.recipe.train, run, task, names=names)
     if at.listens:
         info["histograms"] = module.meter.histograms(names["teachers"], names["domains"])
-    return {"parameters": parameters, "validation_perplexity": round(reached, 3), **info}
+    return {"parameters": parameters, **info}
 
 
-def _validated(at: Setting, student: PreTrainedModel) -> float:
+def _keep_result(at: Setting, made: Stage, state: dict[str, Tensor], folder: Path) -> None:
+    """The student's checkpoint, and beside it what was trained along."""
+    student = load_student(made.folder / "student", torch.float32)
+    student.load_state_dict(
+        {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+    )
+    student.save_pretrained(folder / "student")
+    AutoTokenizer.from_pretrained(at.teachers[0].path).save_pretrained(folder / "student")
+    beside = {name: t for name, t in state.items() if not name.startswith(("student.", "meter."))}
+    if beside:
+        save_file({name: t.cpu().contiguous() for name, t in beside.items()}, folder / STATE)
+
+
+def _validated(at: Setting, folder: Path) -> float:
     """Perplexity on validation text of the student as it is kept: float32, on the CPU."""
-    student.eval().float().cpu()
+    student = load_student(folder / "student", torch.float32).eval()
     windows = choose_windows(at.corpus.validation, VALIDATION_TOKENS)
-    return perplexity(student, at.corpus.validation, windows, batch_size=at.recipe.train.batch_size)
+    reached = perplexity(student, at.corpus.validation, windows, batch_size=at.recipe.train.batch_size)
+    at.progress.say(f"student: validation perplexity {reached:.1f}")
+    return round(reached, 3)
 
 
 def _say_sizes(at: Setting, parameters: int) -> None:

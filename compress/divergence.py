@@ -14,6 +14,8 @@ q = softmax(z / T). With g = dL/dq and J(g) = q * (g - <q, g>) the gradient is J
     tvd               1/2 sum |q - p|                                   J(1/2 sign(q - p))
     taid              KL(p_t || q),  log p_t = (1 - t) log q + t log p - log Z, detached       q - p_t
 
+p and log p may be overwritten: the gradient takes their place where it can.
+
 The values are divergences, not cross-entropies: they are 0 when p = q. A hand-written gradient avoids autograd through
 `kl_div` with a differentiable target, where finite losses are known to come with NaN gradients.
 
@@ -44,12 +46,21 @@ class Settings:
     """TAID's t, a scalar (on the device, so that it may change without the host)."""
 
 
+PIECE = 64
+
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor, Settings], tuple[Tensor, Tensor]]
 
 
 def row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each row of a and b [n, C] -> [n]; unlike (a * b).sum(-1) it writes no [n, C] tensor."""
-    return torch.einsum("nc,nc->n", a, b)
+    """Inner product of each row of a and b [n, C] -> [n]; unlike (a * b).sum(-1) it writes no [n, C] tensor.
+
+    Pieces of 64 are summed alone first: one running float32 sum over a whole vocabulary is off in the fourth digit.
+    """
+    whole = a.shape[1] - a.shape[1] % PIECE
+    pieces = torch.einsum(
+        "nbc,nbc->nb", a[:, :whole].view(len(a), -1, PIECE), b[:, :whole].view(len(a), -1, PIECE)
+    ).sum(-1)
+    return pieces if whole == a.shape[1] else pieces + (a[:, whole:] * b[:, whole:]).sum(-1)
 
 
 def _through_softmax(q: Tensor, g: Tensor) -> Tensor:
@@ -59,12 +70,12 @@ def _through_softmax(q: Tensor, g: Tensor) -> Tensor:
 
 def forward_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """KL(p || q), mass covering."""
-    return row_dot(p, log_p) - row_dot(p, log_q), q - p
+    return row_dot(p, log_p) - row_dot(p, log_q), torch.sub(q, p, out=p)
 
 
 def reverse_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """KL(q || p), mode seeking."""
-    log_ratio = log_q - log_p
+    log_ratio = torch.sub(log_q, log_p, out=log_p)
     value = row_dot(q, log_ratio)
     return value, log_ratio.sub_(value.unsqueeze(-1)).mul_(q)
 
@@ -107,8 +118,9 @@ def adaptive_kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor, settings: Se
     head = sorted_p.cumsum(-1) - sorted_p < settings.head_mass
     gap = (p - q).abs_().gather(-1, order)
     a = (gap * head).sum(-1) / gap.sum(-1).clamp_min(torch.finfo(p.dtype).tiny)
-    forward, forward_gradient = forward_kl(p, log_p, q, log_q, settings)
+    forward = row_dot(p, log_p) - row_dot(p, log_q)
     reverse, reverse_gradient = reverse_kl(p, log_p, q, log_q, settings)
+    forward_gradient = torch.sub(q, p, out=p)
     share = a.unsqueeze(-1)
     return a * forward + (1 - a) * reverse, forward_gradient.mul_(share).add_(reverse_gradient.mul_(1 - share))
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from edgestill.compress.divergence import DIVERGENCES, LOG_TINY, Settings, row_dot
 from edgestill.compress.ranking import ranking_loss
 from edgestill.compress.rows import Rows, chunks
+from edgestill.compress.scratch import Scratch, product
 from edgestill.compress.targets import Buckets, Dense, Target, softmax_facts
 from edgestill.profiles.schema import RankingLossSpec
 
@@ -120,27 +121,34 @@ class _FusedHead(torch.autograd.Function):
         dtype = spec.matmul_dtype
         precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         weight = head.detach().to(dtype)
-        offset = None if bias is None else bias.detach().to(dtype)
+        offset = None if bias is None else bias.detach()
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros_like(head, dtype=precise) if head.requires_grad else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and bias.requires_grad else None
         values = torch.zeros(4, hidden.shape[0], dtype=precise, device=hidden.device)
+        parts = row_ranges(rows, target, head.shape[0], spec.chunk_bytes)
+        scratch = Scratch(max((part.stop - part.start for part in parts), default=0), hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for part in row_ranges(rows, target, head.shape[0], spec.chunk_bytes):
+            for part in parts:
+                answer = None if target is None else target.chunk(part, scratch)
                 h = hidden[part].detach().to(dtype)
-                logits = torch.nn.functional.linear(h, weight, offset).to(precise)
-                answer = None if target is None else target.chunk(part)
-                gradient = _chunk_gradient(logits, rows.labels[part], answer, spec, values[:, part])
-                g = gradient.to(dtype)
+                logits = product(h, weight, offset, scratch)
+                gradient = _chunk_gradient(logits, rows.labels[part], answer, spec, values[:, part], scratch)
+                g = gradient
+                if dtype != gradient.dtype:
+                    g = scratch.take("narrow", *gradient.shape, dtype).copy_(gradient)
                 grad_hidden[part] = (g @ weight).to(grad_hidden.dtype)
                 if grad_head is not None:
-                    grad_head += g.T @ h
+                    if dtype == grad_head.dtype:
+                        grad_head.addmm_(g.T, h)
+                    else:
+                        grad_head += torch.mm(g.T, h, out=scratch.take("head", *head.shape, dtype))
                 if grad_bias is not None:
                     grad_bias += gradient.sum(0)
         for found in (grad_hidden, grad_head, grad_bias):  # [n, d] and [V, d] are small beside [n, V]
             if found is not None:
                 found.div_(normaliser)
-        ctx.save_for_backward(grad_hidden, grad_head, grad_bias)
+        ctx.gradients = (grad_hidden, grad_head, grad_bias)
         ctx.dtypes = (head.dtype, None if bias is None else bias.dtype)
         divergence, cross_entropy, ranking, _ = values.sum(1)
         loss = spec.weight * spec.temperature**2 * divergence + spec.cross_entropy * cross_entropy
@@ -151,18 +159,27 @@ class _FusedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head, grad_bias = ctx.saved_tensors
-        scale = grads[0]
+        if ctx.gradients is None:
+            raise RuntimeError("the output loss was differentiated twice; its gradients are scaled in place, once")
+        (grad_hidden, grad_head, grad_bias), ctx.gradients = ctx.gradients, None
+        for found in (grad_hidden, grad_head, grad_bias):
+            if found is not None:
+                found.mul_(grads[0])
         return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_head is None else (grad_head * scale).to(ctx.dtypes[0]),
-            None if grad_bias is None else (grad_bias * scale).to(ctx.dtypes[1]),
+            grad_hidden,
+            None if grad_head is None else grad_head.to(ctx.dtypes[0]),
+            None if grad_bias is None else grad_bias.to(ctx.dtypes[1]),
             *(None,) * 4,
         )
 
 
 def _chunk_gradient(
-    logits: Tensor, labels: Tensor, target: Dense | Buckets | None, spec: OutputLoss, values: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    target: Dense | Buckets | None,
+    spec: OutputLoss,
+    values: Tensor,
+    scratch: Scratch,
 ) -> Tensor:
     """Gradient of the weighted loss of one chunk with respect to its logits [rows, V], which are overwritten; fills `values`."""
     answers = labels.unsqueeze(1)
@@ -171,12 +188,12 @@ def _chunk_gradient(
     if target is not None and spec.ranking is not None:
         values[2], *ranked = ranking_loss(logits, target, spec.ranking)
     if target is None:
-        q, lse = softmax_facts(logits)
+        q, lse = softmax_facts(logits, scratch.take("term", *logits.shape, logits.dtype))
         gradient = q.mul_(spec.cross_entropy)
     elif isinstance(target, Dense):
-        gradient, lse = _dense_gradient(logits, target, spec, values)
+        gradient, lse = _dense_gradient(logits, target, spec, values, scratch)
     else:
-        gradient, lse = _bucket_gradient(logits, target, spec, values)
+        gradient, lse = _bucket_gradient(logits, target, spec, values, scratch)
     values[1] = lse - label_logits
     if spec.cross_entropy > 0:
         gradient.scatter_add_(1, answers, torch.full_like(answers, -spec.cross_entropy, dtype=gradient.dtype))
@@ -186,9 +203,11 @@ def _chunk_gradient(
     return gradient
 
 
-def _dense_gradient(logits: Tensor, target: Dense, spec: OutputLoss, values: Tensor) -> tuple[Tensor, Tensor]:
+def _dense_gradient(
+    logits: Tensor, target: Dense, spec: OutputLoss, values: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """w_out T dD/d(z/T) + w_ce q [rows, V] over the whole vocabulary, and log sum exp z [rows]."""
-    q, lse = softmax_facts(logits)
+    q, lse = softmax_facts(logits, scratch.take("term", *logits.shape, logits.dtype))
     if spec.temperature == 1:
         log_q, tempered = logits.sub_(lse.unsqueeze(1)), q
     else:
@@ -200,11 +219,13 @@ def _dense_gradient(logits: Tensor, target: Dense, spec: OutputLoss, values: Ten
     return gradient.mul_(spec.weight * spec.temperature).add_(q, alpha=spec.cross_entropy), lse
 
 
-def _bucket_gradient(logits: Tensor, target: Buckets, spec: OutputLoss, values: Tensor) -> tuple[Tensor, Tensor]:
+def _bucket_gradient(
+    logits: Tensor, target: Buckets, spec: OutputLoss, values: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """The same over the stored tokens and the tail (module docstring): one exponential a token, as plain cross-entropy."""
     stored = logits.gather(1, target.ids).masked_fill_(~target.used, -torch.inf)
     outside = logits.scatter_(1, target.ids, -torch.inf)
-    share, lse_tail = softmax_facts(outside)
+    share, lse_tail = softmax_facts(outside, scratch.take("term", *outside.shape, outside.dtype))
     if target.ids.shape[1] >= logits.shape[1]:  # perhaps nothing is outside: 0 / 0
         share, lse_tail = share.nan_to_num_(0.0), lse_tail.nan_to_num_(-torch.inf)
     z = torch.cat([stored, lse_tail.unsqueeze(1)], dim=1)

@@ -30,11 +30,9 @@ import torch
 from torch import Tensor
 
 from edgestill.compress.divergence import LOG_TINY, row_dot
-from edgestill.compress.reinforced import SelectionPolicy
+from edgestill.compress.reinforced import NOT_SELECTED, SelectionPolicy
+from edgestill.compress.scratch import Scratch
 from edgestill.profiles.schema import FusionSpec
-
-NEVER = -30.0
-"""log-weight of a teacher that is not asked: e^-30 beside 1, and uniform where no teacher is asked."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class WeightRule:
         asked = torch.zeros_like(domain, dtype=torch.bool)
         for own in sorted(self.domains[teacher]):
             asked |= domain == own
-        return torch.where(asked, 0.0, NEVER)
+        return torch.where(asked, 0.0, NOT_SELECTED)
 
 
 def pool(values: Tensor, sequence: Tensor) -> Tensor:
@@ -180,42 +178,49 @@ def entropy_of(log_p: Tensor) -> Tensor:
 
 
 class FusionAccumulator:
-    """Adds teachers one at a time into one target; `finish` normalises. All tensors float32."""
+    """Adds teachers one at a time into one target; `finish` normalises. All tensors float32.
 
-    def __init__(self, rule: WeightRule, teachers: int) -> None:
+    The sums lie in `scratch` ("fused", and "plain" when there is a floor), so a term may be overwritten once it was added.
+    """
+
+    def __init__(self, rule: WeightRule, teachers: int, scratch: Scratch) -> None:
         self.rule = rule
         self.teachers = teachers
+        self.scratch = scratch
         self.scores: list[Tensor] = []
-        self._weighted: Tensor | None = None
+        self._fused: Tensor | None = None
         self._plain: Tensor | None = None
-        self._total: Tensor | None = None
-        self._shift: Tensor | None = None
 
     def add(self, term: Tensor, score: Tensor) -> None:
-        """Add one teacher: `term` [rows, C] (kept and overwritten), its probabilities, or log-probabilities for the geometric
-        mix; `score` its unnormalised log-weight [rows]."""
+        """Add one teacher: `term` [rows, C], its probabilities, or log-probabilities for the geometric mix; `score` its
+        unnormalised log-weight [rows]."""
         self.scores.append(score)
-        if self.rule.floor > 0:
-            self._plain = term.clone() if self._plain is None else self._plain.add_(term)
-        if self._weighted is None or self._shift is None or self._total is None:
-            self._shift, self._total, self._weighted = score, torch.ones_like(score), term
+        if self._fused is None:
+            self._fused = self.scratch.take("fused", *term.shape).copy_(term)
+            if self.rule.floor > 0 and self.teachers > 1:
+                self._plain = self.scratch.take("plain", *term.shape).copy_(term)
+            self._shift, self._total = score, torch.ones_like(score)
             return
+        if self._plain is not None:
+            self._plain.add_(term)
         shift = torch.maximum(self._shift, score)
         old, new = (self._shift - shift).exp(), (score - shift).exp()
-        self._weighted.mul_(old.unsqueeze(-1)).addcmul_(term, new.unsqueeze(-1))
+        self._fused.mul_(old.unsqueeze(-1)).addcmul_(term, new.unsqueeze(-1))
         self._total = self._total * old + new
         self._shift = shift
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The target: p [rows, C], log p [rows, C], and the weights [K, rows]."""
-        if self._weighted is None or self._total is None:
+        if self._fused is None:
             raise ValueError("no teacher was added")
-        floor = self.rule.floor
-        fused = self._weighted.mul_(((1 - floor) / self._total).unsqueeze(-1))
-        if self._plain is not None:
-            fused.add_(self._plain, alpha=floor / self.teachers)
-        weights = self.rule.with_floor(torch.stack(self.scores).softmax(0))
+        fused, weights = self._fused, self.rule.with_floor(torch.stack(self.scores).softmax(0))
+        if self.teachers > 1:
+            floor = self.rule.floor
+            fused.mul_(((1 - floor) / self._total).unsqueeze(-1))
+            if self._plain is not None:
+                fused.add_(self._plain, alpha=floor / self.teachers)
+        other = self.scratch.take("plain", *fused.shape)
         if self.rule.geometric:
-            log_p = torch.log_softmax(fused, -1).clamp_min_(LOG_TINY)
-            return log_p.exp(), log_p, weights
-        return fused, fused.log().clamp_min_(LOG_TINY), weights
+            log_p = torch.log_softmax(fused, -1, out=other).clamp_min_(LOG_TINY)
+            return torch.exp(log_p, out=fused), log_p, weights
+        return fused, torch.log(fused, out=other).clamp_min_(LOG_TINY), weights

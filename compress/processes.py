@@ -12,11 +12,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # documented, not declared
+from torch.distributed.rendezvous import rendezvous
 
 from edgestill.runtime.errors import BadInput, EdgestillError
 
@@ -31,7 +34,7 @@ LONGEST_COLLECTIVE = timedelta(days=1)
 class _Meetings:
     """The store where processes wait for each other; every process must come to the same meetings in the same order."""
 
-    def __init__(self, store: distributed.Store) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self._count = 0
 
@@ -48,8 +51,8 @@ class _Meetings:
             time.sleep(POLL_S)
 
 
-_meetings: _Meetings | None = None
-"""As the process group of torch: one per process, while it is joined."""
+_joined: ContextVar[_Meetings | None] = ContextVar("joined", default=None)
+"""The meetings of this process while it is joined with others."""
 
 
 @contextmanager
@@ -61,29 +64,29 @@ def joined() -> Iterator[None]:
         EdgestillError: another process is gone without a word.
         SystemExit: another process failed and has said why.
     """
-    global _meetings
     if "LOCAL_RANK" not in os.environ:
         yield
         return
     device = _own_gpu(int(os.environ["LOCAL_RANK"]))
-    store, rank, size = next(distributed.rendezvous("env://", timeout=LONGEST_COLLECTIVE))
+    store, rank, size = next(rendezvous("env://", timeout=LONGEST_COLLECTIVE))
     distributed.init_process_group(
         "gloo" if device is None else "nccl",
-        store=distributed.PrefixStore("torch", store),
+        store=PrefixStore("torch", store),
         rank=rank,
         world_size=size,
         timeout=LONGEST_COLLECTIVE,
         device_id=device,
     )
-    _meetings = _Meetings(distributed.PrefixStore("edgestill", store))
+    meetings = _Meetings(PrefixStore("edgestill", store))
+    token = _joined.set(meetings)
     try:
         yield
         distributed.barrier()  # the first process may hold the store
     except BaseException as error:
-        _leave(_meetings.store, error)
+        _leave(meetings.store, error)
         raise
     finally:
-        _meetings = None
+        _joined.reset(token)
     distributed.destroy_process_group()
 
 
@@ -100,7 +103,7 @@ def _own_gpu(local_rank: int) -> torch.device | None:
     return torch.device("cuda", local_rank)
 
 
-def _leave(store: distributed.Store, error: BaseException) -> None:
+def _leave(store: Store, error: BaseException) -> None:
     """Tell the others of a failure, or end without a word when they know of one."""
     gone = EdgestillError("another process ended without a word; the same command goes on from here")
     try:
@@ -136,14 +139,15 @@ def from_first(make: Callable[[], T]) -> T:
     Args:
         make: returns something JSON-able.
     """
-    if _meetings is None:
+    meetings = _joined.get()
+    if meetings is None:
         return make()
-    key, store = _meetings.next(), _meetings.store
+    key, store = meetings.next(), meetings.store
     if is_first():
         value = make()
         store.set(key, json.dumps(value))
         return value
-    _meetings.wait(lambda: store.check([key]))
+    meetings.wait(lambda: store.check([key]))
     answer: T = json.loads(store.get(key))
     return answer
 
@@ -157,10 +161,11 @@ def first_then_others(make: Callable[[], T]) -> T:
 
 def wait_for_all() -> None:
     """Go on when every process is here."""
-    if _meetings is not None:
-        key, store = _meetings.next(), _meetings.store
+    meetings = _joined.get()
+    if meetings is not None:
+        key, store = meetings.next(), meetings.store
         store.add(key, 1)
-        _meetings.wait(lambda: store.add(key, 0) >= world()[0])
+        meetings.wait(lambda: store.add(key, 0) >= world()[0])
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 from edgestill.compress.divergence import LOG_TINY, row_dot
 from edgestill.compress.fusion import Evidence, FusionAccumulator, WeightRule
 from edgestill.compress.rows import Rows
+from edgestill.compress.scratch import Scratch, product
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Target(Protocol):
     def cut_anywhere(self, most: int) -> bool:
         """Whether `chunk` may be asked for any rows; False: for whole sequences only, of which none has more than `most`."""
 
-    def chunk(self, part: slice) -> Dense | Buckets:
-        """The target of these rows."""
+    def chunk(self, part: slice, scratch: Scratch | None = None) -> Dense | Buckets:
+        """The target of these rows; its tensors may lie in `scratch`, and are the caller's to overwrite."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,19 @@ class TeacherRows:
     calibration: float = 1.0
     """Temperature at which its entropy is taken."""
 
-    def logits(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """float32 [rows, V]; the product itself runs in `dtype` (default: the head's own)."""
-        dtype = dtype or self.head.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return torch.nn.functional.linear(self.hidden[rows].to(dtype), self.head.to(dtype), bias).float()
+    def logits(self, rows: slice, scratch: Scratch | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """float32 [rows, V], in the buffer "logits"; the product itself runs in `dtype` (default: the head's own)."""
+        hidden = self.hidden[rows].to(dtype or self.head.dtype)
+        scratch = scratch or Scratch(len(hidden), hidden.device)
+        return product(hidden, self.head.to(hidden.dtype), self.bias, scratch)
 
 
-def softmax_facts(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(p, log of the normaliser): softmax [rows, V] of logits and its log-sum-exp [rows], with one exponential an element.
+def softmax_facts(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """(p, log of the normaliser): softmax [rows, V] of logits, in `out`, and its log-sum-exp [rows]; one exponential an element.
 
     The most likely token tells the normaliser: lse = max z - log max p, and max p >= 1 / V is far from underflow.
     """
-    p = torch.softmax(logits, -1)
+    p = torch.softmax(logits, -1, out=out)
     return p, logits.amax(-1) - p.amax(-1).log()
 
 
@@ -113,18 +114,18 @@ class OnlineTarget:
         self._scores = [self._scored(k, most) for k in range(len(self.teachers))]
         return True
 
-    def chunk(self, part: slice) -> Dense:
+    def chunk(self, part: slice, scratch: Scratch | None = None) -> Dense:
         """Every teacher's logits once, one [rows, V] accumulator for the mix."""
-        fused = FusionAccumulator(self.rule, len(self.teachers))
+        scratch = scratch or Scratch(part.stop - part.start, self.weights.device)
+        fused = FusionAccumulator(self.rule, len(self.teachers), scratch)
         for k, teacher in enumerate(self.teachers):
-            logits = teacher.logits(part, self.dtype)
-            p, lse = softmax_facts(logits)
+            logits = teacher.logits(part, scratch, self.dtype)
             if self._scores is not None:
-                score = self._scores[k][part]
+                score, ready = self._scores[k][part], False
             else:
-                self.entropies[k, part] = self._entropy(teacher, logits, p, lse)
-                score = self.rule.score(k, self._evidence(k, part, self._label(part, logits, lse)))
-            fused.add(self._term(logits, p), score)
+                self.entropies[k, part], label, ready = self._facts(teacher, part, logits, scratch)
+                score = self.rule.score(k, self._evidence(k, part, label))
+            fused.add(self._term(logits, scratch, ready=ready), score)
         p, log_p, self.weights[:, part] = fused.finish()
         return Dense(p, log_p)
 
@@ -132,37 +133,48 @@ class OnlineTarget:
         """Log-weights [n] of one teacher from a pass of its own over its logits."""
         total = self.rows.labels.numel()
         labels = torch.zeros_like(self.entropies[k])
+        scratch = Scratch(min(most, total), self.weights.device)
         for start in range(0, total, most):
             part = slice(start, min(start + most, total))
-            logits = self.teachers[k].logits(part, self.dtype)
-            p, lse = softmax_facts(logits)
-            self.entropies[k, part] = self._entropy(self.teachers[k], logits, p, lse)
-            labels[part] = self._label(part, logits, lse)
+            logits = self.teachers[k].logits(part, scratch, self.dtype)
+            self.entropies[k, part], labels[part], _ = self._facts(self.teachers[k], part, logits, scratch)
         return self.rule.score(k, self._evidence(k, slice(0, total), labels))
 
-    def _entropy(self, teacher: TeacherRows, logits: Tensor, p: Tensor, lse: Tensor) -> Tensor:
-        """At the calibration temperature, nats [rows]; 0 when the rule does not ask for it."""
-        if not self.rule.needs_entropy:
-            return torch.zeros_like(lse)
-        if teacher.calibration == 1:
-            return lse - row_dot(p, logits)
-        scaled = logits / teacher.calibration
-        tempered, normaliser = softmax_facts(scaled)
-        return normaliser - row_dot(tempered, scaled)
+    def _facts(
+        self, teacher: TeacherRows, part: slice, logits: Tensor, scratch: Scratch
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Entropy at the calibration temperature and log p of the true tokens, nats [rows]; 0 where the rule asks for neither.
 
-    def _label(self, part: slice, logits: Tensor, lse: Tensor) -> Tensor:
-        """log p of the true tokens [rows]; 0 when the rule does not ask for it."""
-        if not self.rule.needs_labels:
-            return torch.zeros_like(lse)
-        return logits.gather(1, self.rows.labels[part].unsqueeze(1)).squeeze(1) - lse
+        Also whether the buffer "term" was left with the probabilities at temperature 1.
+        """
+        shape = tuple(logits.shape)
+        entropy, label = torch.zeros(shape[0], device=logits.device), torch.zeros(shape[0], device=logits.device)
+        if self.rule.needs_labels:
+            at = self.rows.labels[part].unsqueeze(1)
+            label = (logits.gather(1, at) - torch.logsumexp(logits, -1, keepdim=True)).squeeze(1)
+        if self.rule.needs_entropy:
+            scaled = logits
+            if teacher.calibration != 1:
+                scaled = torch.div(logits, teacher.calibration, out=scratch.take("scaled", *shape))
+            p, lse = softmax_facts(scaled, scratch.take("term", *shape))
+            entropy = lse - row_dot(p, scaled)
+        return entropy, label, self.rule.needs_entropy and teacher.calibration == 1
 
     def _evidence(self, k: int, part: slice, label: Tensor) -> Evidence:
         return Evidence(self.entropies[k, part], label, self.rows.sequence[part], self.rows.domain[part])
 
-    def _term(self, logits: Tensor, p: Tensor) -> Tensor:
+    def _term(self, logits: Tensor, scratch: Scratch, *, ready: bool) -> Tensor:
+        """Probabilities at the temperature of the loss, or log-probabilities for the geometric mix; overwrites `logits`.
+
+        ready: those at temperature 1 lie in their buffer already.
+        """
+        tempered = logits if self.temperature == 1 else logits.div_(self.temperature)
+        term = scratch.take("term", *logits.shape)
+        if ready and self.temperature == 1 and not self.rule.geometric:
+            return term
         if self.rule.geometric:
-            return torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, -1)
-        return p if self.temperature == 1 else torch.softmax(logits / self.temperature, -1)
+            return torch.log_softmax(tempered, -1, out=term)
+        return torch.softmax(tempered, -1, out=term)
 
 
 @dataclass(frozen=True)
@@ -199,7 +211,7 @@ class CachedTarget:
         """All that the weights depend on is stored, so they are known."""
         return True
 
-    def chunk(self, part: slice) -> Buckets:
+    def chunk(self, part: slice, scratch: Scratch | None = None) -> Buckets:
         """Every stored token of every teacher once; what the others say of it is looked up."""
         ids = torch.cat([t.ids[part] for t in self.teachers], dim=1)
         used = (
@@ -208,7 +220,7 @@ class CachedTarget:
             else torch.ones_like(ids, dtype=torch.bool)
         )
         tokens = used.sum(1)
-        fused = FusionAccumulator(self.rule, len(self.teachers))
+        fused = FusionAccumulator(self.rule, len(self.teachers), Scratch(len(ids), ids.device))
         for k, teacher in enumerate(self.teachers):
             stored, tail = teacher.log_p[part], teacher.tail_log_p[part].clamp_min(LOG_TINY)
             unstored = max(self.vocabulary - stored.shape[1], 1)

@@ -4,36 +4,39 @@ Resume, schedules, optimizers, mixed precision and distribution are the Trainer'
 (ours is written beside and renamed, so a checkpoint folder is complete or not there); on a folder without optimizer.pt it
 goes on silently with other weights (only complete checkpoints are resumed); `logging_nan_inf_filter` reads the loss back
 every step (off). The order of the windows is computed before, so a resumed run sees exactly the tokens it would have seen.
+
+Of several processes each takes its share of every batch (in order, so all see together what one would see), the first writes,
+and sums go over all of them: the same recipe makes the same gradients, whatever their number, but for the order of sums.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from edgestill.compress import checkpoints, sharding
+from edgestill.compress.checkpoints import MODULE, OPTIMIZER, RANDOM, SCHEDULER
 from edgestill.compress.distill_module import DistillModule
 from edgestill.compress.on_policy import OnPolicy
-from edgestill.compress.processes import world
+from edgestill.compress.processes import from_first, is_first, share_of, world
 from edgestill.compress.stages import explained_write_errors
-from edgestill.compress.teachers import native_bfloat16
+from edgestill.compress.teachers import best_device, native_bfloat16
 from edgestill.compress.training_log import LOG, JsonLog
 from edgestill.compress.windows import OrderedWindows, collate
 from edgestill.profiles.schema import TrainSpec
 from edgestill.runtime.progress import Task
 
-MODULE = "module.safetensors"
 LOG_EVERY = 10
 KEPT_CHECKPOINTS = 2
-COMPLETE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", MODULE)
-"""Files without which a checkpoint is not resumed."""
 
 
 def autocast_bfloat16(spec: TrainSpec, device: torch.device) -> bool:
@@ -50,7 +53,7 @@ def train(
     *,
     names: dict[str, tuple[str, ...]],
 ) -> dict[str, Any]:
-    """Train to the end, from the newest complete checkpoint in `folder` if there is one.
+    """Train to the end, from the newest complete checkpoint in `folder` if there is one. All processes call it.
 
     Args:
         folder: checkpoints and training.jsonl go here; only this machine reads the checkpoints back.
@@ -58,13 +61,14 @@ def train(
         names: {"teachers": ..., "domains": ...} for the log.
 
     Returns:
-        Facts: steps, tokens, seconds, tokens_per_s, precision.
+        Facts: steps, tokens, seconds, tokens_per_s, precision, processes.
     """
     tokens_per_step = spec.batch_size * spec.gradient_accumulation * data.part.token_ids.shape[1]  # of all processes
     steps = -(-spec.tokens // tokens_per_step)
-    arguments = _arguments(spec, steps, folder)
-    _forget_incomplete(folder)
-    complete = _checkpoints(folder)
+    if spec.sharding == "full":
+        sharding.shard(module, best_device())
+    arguments = _arguments(spec, steps, folder, module)
+    complete = from_first(lambda: checkpoints.newest(folder))
     log = JsonLog(folder / LOG, module, task, tokens_per_step, names)
     on_policy = OnPolicy(spec.on_policy, spec.seed) if spec.on_policy is not None else None
     trainer = DistillTrainer(
@@ -74,7 +78,7 @@ def train(
         trainer.remove_callback(noisy)
     started = time.perf_counter()
     with explained_write_errors(folder):
-        trainer.train(resume_from_checkpoint=str(complete[-1]) if complete else None)
+        trainer.train(resume_from_checkpoint=complete)
     seconds = time.perf_counter() - started
     ran = steps - log.first_step
     return {
@@ -83,16 +87,17 @@ def train(
         "seconds": round(seconds, 1),
         "tokens_per_s": round(ran * tokens_per_step / seconds, 1) if ran else None,
         "precision": "bfloat16 autocast" if arguments.bf16 else "float32",
+        "processes": world()[0],
         "resumed_from_step": log.first_step,
     }
 
 
-def _arguments(spec: TrainSpec, steps: int, folder: Path) -> TrainingArguments:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule) -> TrainingArguments:
+    device = best_device()
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=share_of(spec.batch_size),
         gradient_accumulation_steps=spec.gradient_accumulation,
         learning_rate=spec.learning_rate,
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[spec.schedule],
@@ -112,7 +117,15 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         label_names=["labels"],
+        ddp_broadcast_buffers=False,  # they hold what this process alone has seen since the last step
+        ddp_find_unused_parameters=_routes(module.student),
     )
+
+
+def _routes(student: PreTrainedModel) -> bool:
+    """Whether the student is a mixture of experts, some of which a batch may leave out; all else is reached by every batch."""
+    text = student.config.get_text_config(decoder=True)
+    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported untyped
@@ -135,11 +148,9 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported
         if num_items_in_batch is None:
             raise RuntimeError("the Trainer did not count the labels of the accumulation window")
         if self._on_policy is not None and self._on_policy.due(micro_step := self._micro_step()):
-            with self.accelerator.autocast():  # the Trainer casts within the module's forward only
-                written = self._on_policy.rewrite(self.model.student, inputs["input_ids"], micro_step)
-            inputs = {**inputs, "input_ids": written, "own": True}
+            inputs = {**inputs, "rewrite": partial(self._on_policy.rewrite, micro_step=micro_step)}
         loss: Tensor = model(**inputs, normaliser=num_items_in_batch.clamp_min(1))
-        return loss * world()[0]  # DDP takes the mean over the processes of what is already a share of all labels
+        return loss * world()[0]  # the processes' gradients are averaged, and each is a share of all labels already
 
     def _micro_step(self) -> int:
         """Number of this micro-step in the whole run, also after a resume."""
@@ -151,62 +162,65 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(_untied(state_dict or self.model.state_dict()), folder / MODULE)
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if sharding.is_sharded(model):
+            return sharding.Sharded(model, self.accelerator.autocast)
+        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        return wrapped
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.model.meter.gather()
+        state = sharding.whole_state(self.model)
+        if is_first():
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(checkpoints.untied(state), folder / MODULE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        target = self.model if model is None else model
-        missing, unexpected = target.load_state_dict(load_file(Path(resume_from_checkpoint) / MODULE), strict=False)
-        tied = set(target.state_dict()) - set(_untied(target.state_dict()))
-        if unexpected or set(missing) - tied:
-            raise RuntimeError(
-                f"{resume_from_checkpoint}: {sorted(set(missing) - tied)} missing, {unexpected} unexpected"
-            )
+        state = load_file(Path(resume_from_checkpoint) / MODULE)
+        missing, unexpected = sharding.load_whole_state(self.model, state)
+        every, once = ({n for n, _ in self.model.named_parameters(remove_duplicate=twice)} for twice in (False, True))
+        lost = set(missing) - (every - once)  # a tied weight is stored once
+        if unexpected or lost:
+            raise RuntimeError(f"{resume_from_checkpoint}: {sorted(lost)} missing, {unexpected} unexpected")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not sharding.is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.whole_optimizer_state(self.model, self.optimizer)
+        if is_first():
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not sharding.is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        sharding.load_whole_optimizer_state(self.model, self.optimizer, state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(self.args.output_dir)
         beside = run / "tmp"
-        shutil.rmtree(beside, ignore_errors=True)
+        from_first(lambda: shutil.rmtree(beside, ignore_errors=True))
         self._saving_into = str(beside)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_into = None
-        for finished in beside.iterdir():
-            shutil.rmtree(run / finished.name, ignore_errors=True)
-            finished.rename(run / finished.name)
-        beside.rmdir()
-        for old in _checkpoints(run)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        from_first(lambda: checkpoints.publish(beside, run, KEPT_CHECKPOINTS))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if is_first():
+            checkpoints.save_random_state(Path(output_dir) / RANDOM)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_random_state(Path(checkpoint) / RANDOM)
 
     _saving_into: str | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._saving_into or str(super()._get_output_dir(trial))
-
-
-def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without second names of the same storage (tied embedding and head), which safetensors refuses."""
-    seen: dict[tuple[int, tuple[int, ...]], str] = {}
-    kept = {}
-    for name, tensor in state.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if tensor.numel() == 0 or place not in seen:
-            seen[place] = name
-            kept[name] = tensor.contiguous()
-    return kept
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def _forget_incomplete(folder: Path) -> None:
-    """Remove what a kill left half-written, so that the Trainer cannot resume from it."""
-    shutil.rmtree(folder / "tmp", ignore_errors=True)
-    for path in folder.glob("checkpoint-*"):
-        if not all((path / name).is_file() for name in COMPLETE):
-            shutil.rmtree(path)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from edgestill.compress.distill_module import DistillModule
+from edgestill.compress.processes import is_first
 from edgestill.runtime.progress import Task
 
 LOG = "training.jsonl"
@@ -19,7 +20,10 @@ EXTRA = ("ranking", "features", "attention")
 
 
 class JsonLog(TrainerCallback):  # type: ignore[misc]
-    """One JSON object per log interval; rows past the resumed step are dropped, so a killed run leaves one clean log."""
+    """One JSON object per log interval; rows past the resumed step are dropped, so a killed run leaves one clean log.
+
+    Its values are sums over all processes; the first one writes them.
+    """
 
     def __init__(
         self, path: Path, module: DistillModule, task: Task, tokens_per_step: int, names: dict[str, tuple[str, ...]]
@@ -31,9 +35,10 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first_step = state.global_step
-        rows = read_log(self.path) if self.path.exists() else []
-        kept = [row for row in rows if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        if is_first():
+            rows = read_log(self.path) if self.path.exists() else []
+            kept = [row for row in rows if row["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._last = (state.global_step, time.perf_counter())
         if state.global_step:
             self.task.advance(state.global_step * self.tokens_per_step, f"resumed at step {state.global_step}")
@@ -47,6 +52,8 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
         if not logs or "grad_norm" not in logs:
             return  # the Trainer's closing summary
         sums = self.module.meter.read()
+        if not is_first():
+            return
         now = time.perf_counter()
         steps = state.global_step - self._last[0]
         seen, labels = (max(float(sums.get(name, 1.0)), 1.0) for name in ("rows_seen", "labels"))

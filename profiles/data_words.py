@@ -69,6 +69,7 @@ class TrainSpec(Words):
     tokens: Count
     """Tokens the student sees; steps = tokens / (batch_size x sequence_length x gradient_accumulation), rounded up."""
     batch_size: Count = 8
+    """Windows of one micro-step, of all processes together."""
     gradient_accumulation: Count = 1
     learning_rate: Positive = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -87,6 +88,9 @@ class TrainSpec(Words):
     """sampling: `cache_samples` draws from the teacher's distribution, an unbiased target (RS-KD, arXiv 2503.16870)."""
     cache_samples: Annotated[int, Field(ge=1, le=1024)] = 64
     on_policy: OnPolicySpec | None = None
+    sharding: Literal["none", "full"] = "none"
+    """Under torchrun. none: every process keeps the whole student; full: each keeps a share of its weights, gradients and
+    optimizer states (FSDP2). Teachers are whole in every process."""
 
 
 class ReferenceSpec(Words):

@@ -44,15 +44,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "student"
 
 
-def test_a_low_rank_student_becomes_a_bundle_that_passes(
-    checkpoint: Path, tmp_path: Path, edgestill: Command
-) -> None:
+def test_a_low_rank_student_becomes_a_bundle_that_passes(checkpoint: Path, tmp_path: Path, edgestill: Command) -> None:
     profile, text = write_profile(tmp_path), checkpoint.parent / "prose.txt"
     limits, out = tmp_path / "limits.yaml", tmp_path / "out"
     limits.write_text("format: 1\nlimits: {quantization_perplexity_ratio: 2.0}\n")
-    done = edgestill(
-        "export", checkpoint, "--profile", profile, "--out", out, "--held-out", text, "--limits", limits
-    )
+    done = edgestill("export", checkpoint, "--profile", profile, "--out", out, "--held-out", text, "--limits", limits)
     assert (done.code, done.errors) == (0, [])
     bundle = out / "device"
     manifest = json.loads((bundle / "manifest.json").read_text())

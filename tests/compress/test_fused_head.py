@@ -207,7 +207,7 @@ def test_tail_gradient_is_finite_when_the_student_has_no_tail() -> None:
         def cut_anywhere(self, most: int) -> bool:
             return True
 
-        def chunk(self, part: slice) -> Buckets:
+        def chunk(self, part: slice, scratch: object) -> Buckets:
             return Buckets(ids, torch.ones_like(ids, dtype=torch.bool), log_p)
 
     hidden = torch.ones(1, 1, requires_grad=True)
@@ -231,8 +231,8 @@ def test_values_are_divergences_in_nats() -> None:
         def cut_anywhere(self, most: int) -> bool:
             return True
 
-        def chunk(self, part: slice) -> Dense:
-            return Dense(log_p[part].exp(), log_p[part])
+        def chunk(self, part: slice, scratch: object) -> Dense:
+            return Dense(log_p[part].exp(), log_p[part].clone())
 
     rows = rows_of(p["labels"])
     _, values = output_loss(p["hidden"], p["head"], p["bias"], rows, Same(), torch.tensor(1.0), OutputLoss())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from edgestill.compress.fusion import Evidence, FusionAccumulator, WeightRule, entropy_of, moving_average, pool
+from edgestill.compress.scratch import Scratch
 from edgestill.profiles.schema import FusionSpec
 
 
@@ -24,7 +25,7 @@ def distributions(teachers: int, rows: int = 12, vocabulary: int = 50, seed: int
 
 
 def fuse(rule: WeightRule, log_ps: list[torch.Tensor], sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    fused = FusionAccumulator(rule, len(log_ps))
+    fused = FusionAccumulator(rule, len(log_ps), Scratch(len(sequence), sequence.device))
     for k, log_p in enumerate(log_ps):
         evidence = Evidence(entropy_of(log_p), log_p[:, LABEL], sequence, DOMAIN)
         fused.add(log_p.clone() if rule.geometric else log_p.exp(), rule.score(k, evidence))

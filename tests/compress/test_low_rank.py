@@ -103,7 +103,9 @@ def test_only_layers_that_become_smaller_are_factored(tmp_path: Path) -> None:
     thin = {f"model.layers.0.self_attn.{name}_proj": 8 for name in "kv"}
     assert ranks == {**thin, **mlp}
     assert len(choose_ranks(model, LowRankSpec(rank_fraction=0.45), "big")) == 7
-    with pytest.raises(BadInput, match=r"at 0.9 no layer of teacher 'big' \(LlamaForCausalLM\) becomes smaller; give less"):
+    with pytest.raises(
+        BadInput, match=r"at 0.9 no layer of teacher 'big' \(LlamaForCausalLM\) becomes smaller; give less"
+    ):
         choose_ranks(model, LowRankSpec(rank_fraction=0.9), "big")
 
 
@@ -258,11 +260,26 @@ def with_ranks(ranks: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (without_a_factor, r"has no weights for model.layers.1.mlp.up_proj.expand.weight \(of 1 missing\); build the stu"),
-        (with_ranks({"rank": {"model.layers.7.mlp.up_proj": 4}}), "gives model.layers.7.mlp.up_proj the rank 4, which is no"),
-        (with_ranks({"rank": {"model.layers.0.mlp.up_proj": 32}}), "gives model.layers.0.mlp.up_proj the rank 32, which"),
-        (with_ranks({"rank": {"model.norm": 4}}), "gives model.norm the rank 4, which is no linear layer of Qwen2ForCausalLM"),
-        (with_ranks({"ranks": {}}), 'edgestill_low_rank must be {"rank": {module name: whole number}}; restore the file'),
+        (
+            without_a_factor,
+            r"has no weights for model.layers.1.mlp.up_proj.expand.weight \(of 1 missing\); build the stu",
+        ),
+        (
+            with_ranks({"rank": {"model.layers.7.mlp.up_proj": 4}}),
+            "gives model.layers.7.mlp.up_proj the rank 4, which is no",
+        ),
+        (
+            with_ranks({"rank": {"model.layers.0.mlp.up_proj": 32}}),
+            "gives model.layers.0.mlp.up_proj the rank 32, which",
+        ),
+        (
+            with_ranks({"rank": {"model.norm": 4}}),
+            "gives model.norm the rank 4, which is no linear layer of Qwen2ForCausalLM",
+        ),
+        (
+            with_ranks({"ranks": {}}),
+            'edgestill_low_rank must be {"rank": {module name: whole number}}; restore the file',
+        ),
         (with_ranks({"rank": {"model.layers.0.mlp.up_proj": "4"}}), 'must be {"rank": {module name: whole number}}'),
     ],
 )

@@ -52,7 +52,12 @@ def plant(model: Any, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "widths",
-    [{"intermediate_size": 47}, {"key_value_heads": 1}, {"hidden_size": 30}, {"intermediate_size": 47, "hidden_size": 30}],
+    [
+        {"intermediate_size": 47},
+        {"key_value_heads": 1},
+        {"hidden_size": 30},
+        {"intermediate_size": 47, "hidden_size": 30},
+    ],
     ids=["neurons", "heads", "channels", "both"],
 )
 def test_what_does_nothing_goes_and_nothing_changes(tmp_path: Path, family: str, widths: dict[str, int]) -> None:
@@ -105,7 +110,9 @@ def test_scores_are_those_of_the_definition(tmp_path: Path, family: str) -> None
 def test_the_most_important_are_kept_in_their_order(tmp_path: Path, family: str) -> None:
     model = load(write_teacher(tmp_path, family, layers=2))
     found = width_importance(model, 2, CALIBRATION, None)
-    narrower, notes = narrow(model, NarrowSpec(intermediate_size=20, key_value_heads=1, hidden_size=12), CALIBRATION, None)
+    narrower, notes = narrow(
+        model, NarrowSpec(intermediate_size=20, key_value_heads=1, hidden_size=12), CALIBRATION, None
+    )
     channels = found.channels.argsort(descending=True)[:12].sort().values
     for layer in range(2):
         wide, thin = decoder_blocks(model)[layer], decoder_blocks(narrower)[layer]

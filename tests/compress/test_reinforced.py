@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgestill.compress.fusion import FusionAccumulator, WeightRule
 from edgestill.compress.reinforced import NOT_SELECTED, SELECTED, SelectionPolicy
+from edgestill.compress.scratch import Scratch
 from edgestill.profiles.fusion_words import FusionSpec, ReinforcedSpec
 
 LOG_V = math.log(50)
@@ -205,7 +206,7 @@ def test_weights_are_the_mean_of_the_selected_and_uniform_without_any(mix: str) 
     entropy = torch.tensor([[low, low, high], [low, high, high], [high, high, high]])
     logits = torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(0))
     terms = logits.softmax(-1) if mix == "arithmetic" else logits.log_softmax(-1)
-    fused = FusionAccumulator(rule, 3)
+    fused = FusionAccumulator(rule, 3, Scratch(64, torch.device("cpu")))
     for k in range(3):
         fused.add(terms[k].clone(), policy.choose(k, entropy[k], torch.zeros(3), torch.arange(3)))
     p, _, weights = fused.finish()

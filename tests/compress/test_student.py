@@ -38,7 +38,9 @@ def make(folder: Path, words: dict[str, Any], seed: int = 0) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("words", "kept"), [({"layers": 2}, (0, 3)), ({"keep_layers": [1, 2]}, (1, 2))])
-def test_kept_layers_are_the_teachers(tmp_path: Path, family: str, words: dict[str, Any], kept: tuple[int, ...]) -> None:
+def test_kept_layers_are_the_teachers(
+    tmp_path: Path, family: str, words: dict[str, Any], kept: tuple[int, ...]
+) -> None:
     folder = write_teacher(tmp_path, family, layers=4, vocab_size=VOCAB + 9)
     spec, state = StudentSpec(init="teacher:big", **words), torch.get_rng_state()
     made = make_student(spec, [facts_of(folder)], VOCAB, 0)  # no text is needed
@@ -119,7 +121,9 @@ def test_iterative_choice_is_told(tmp_path: Path) -> None:
     assert made.model.config.use_cache
 
 
-@pytest.mark.parametrize("words", [{"layers": 1, "choose": "iterative"}, {"narrow": {"hidden_size": 8}}, {"low_rank": {}}])
+@pytest.mark.parametrize(
+    "words", [{"layers": 1, "choose": "iterative"}, {"narrow": {"hidden_size": 8}}, {"low_rank": {}}]
+)
 def test_measuring_needs_text(tmp_path: Path, words: dict[str, Any]) -> None:
     spec = StudentSpec.model_validate({"init": "teacher:big", **words})
     with pytest.raises(ValueError, match="importance is measured on the training part; pass `text`"):
@@ -191,5 +195,7 @@ def test_low_rank_students_are_not_cut_again(tmp_path: Path) -> None:
     folder = write_teacher(tmp_path / "big")
     words = copy.deepcopy(CUTS)
     make(folder, words).model.save_pretrained(folder)
-    with pytest.raises(BadInput, match="teacher 'big' has low-rank layers, which are not cut again; start from a plain"):
+    with pytest.raises(
+        BadInput, match="teacher 'big' has low-rank layers, which are not cut again; start from a plain"
+    ):
         student_config(StudentSpec(init="teacher:big", layers=1), [facts_of(folder)], VOCAB)

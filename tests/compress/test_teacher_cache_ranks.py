@@ -17,7 +17,7 @@ PROCESS = """
 import json, sys
 sys.path[:0] = [{tests!r}, {here!r}]
 from pathlib import Path
-import torch.distributed as dist
+from edgestill.compress.processes import joined
 from edgestill.runtime.progress import QuietProgress
 from test_teacher_cache import store, teacher_at
 
@@ -29,14 +29,14 @@ class Counted(QuietProgress):
         task.advance = lambda amount=1, note="": (self.windows.append(int(amount)), plain(amount, note))
         return task
 
-dist.init_process_group("gloo")
-teacher, answered, finished = teacher_at(Path(sys.argv[1])), [], []
-for out, words in json.loads(sys.argv[2]):
-    Counted.windows = []
-    store(teacher, Path(out), progress=Counted(), **words)
-    answered.append(Counted.windows)
-    finished.append((Path(out) / "cache.json").is_file())  # also for the process that does not write it
-dist.destroy_process_group()
+answered, finished = [], []
+with joined():
+    teacher = teacher_at(Path(sys.argv[1]))
+    for out, words in json.loads(sys.argv[2]):
+        Counted.windows = []
+        store(teacher, Path(out), progress=Counted(), **words)
+        answered.append(Counted.windows)
+        finished.append((Path(out) / "cache.json").is_file())  # also for the process that does not write it
 print(json.dumps([answered, finished]))
 """
 
@@ -51,7 +51,7 @@ def by_two(model: Path, captures: list[tuple[str, dict[str, Any]]]) -> list[Any]
     """(windows per step of each capture, whether each manifest was there) of both processes."""
     here = Path(__file__).parent
     script = PROCESS.format(tests=str(here.parent), here=str(here))
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(model), json.dumps(captures)],

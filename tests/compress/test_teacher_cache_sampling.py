@@ -180,6 +180,7 @@ def test_a_chunk_of_rows_does_not_change_the_draws(
     words = {"mode": "sampling", "size": 16, "windows": range(4)}
     whole = opened(teacher, store(teacher, tmp_path / "a", **words)).rows(np.arange(4))
     monkeypatch.setattr("edgestill.compress.cache_capture.LOGITS_BYTES", 7 * 24 * REAL)
+    monkeypatch.setattr("edgestill.compress.cache_capture.CPU_BYTES", 3 * 4 * REAL)
     pieces = opened(teacher, store(teacher, tmp_path / "b", **words)).rows(np.arange(4))
     assert isinstance(whole, CachedRows)
     assert torch.equal(whole.ids, pieces.ids)

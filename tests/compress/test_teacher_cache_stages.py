@@ -57,7 +57,7 @@ def test_one_cache_serves_every_fusion(tmp_path: Path) -> None:
     ):
         again, same, reused = stages(tmp_path, fusion=fusion)
         assert (again, same) == (first, fitted)
-        assert reused == {name: True for name in ("calibrate", "cache-verse", "cache-prose")}
+        assert reused == dict.fromkeys(("calibrate", "cache-verse", "cache-prose"), True)
     manifest = json.loads((first[1] / "cache.json").read_text())
     assert (manifest["calibration"], manifest["mode"], manifest["size"]) == (fitted[1], "top_k", 16)
 
@@ -111,8 +111,8 @@ def test_teachers_that_do_not_fit_and_must_be_at_work_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgestill.compress.distill_teachers.fit_together", lambda teachers, memory: False)
-    with setting(tmp_path, train={"teacher_cache": "auto"}, losses={"attention": {}}) as at:
-        with pytest.raises(BadInput, match=r"losses.attention needs the teachers .*the teachers do not fit together"):
-            caches_of(at, [1.0, 1.0])
+    refused = pytest.raises(BadInput, match=r"losses.attention needs the teachers .*the teachers do not fit together")
+    with setting(tmp_path, train={"teacher_cache": "auto"}, losses={"attention": {}}) as at, refused:
+        caches_of(at, [1.0, 1.0])
     with setting(tmp_path, train={"teacher_cache": "auto"}) as at:
         assert caches_of(at, [1.0, 1.0]) is not None

@@ -82,6 +82,13 @@ TRAINING = [
 ]
 
 
+HISTOGRAMS = {
+    "bins": 2,
+    "weights": {HOSTILE: {"a": [3, 1], HOSTILE: [1, 3]}},
+    "entropies": {HOSTILE: {"a": [0, 4], HOSTILE: [2, 2]}},
+}
+
+
 class Nesting(HTMLParser):
     """Fails on a tag that is closed out of turn; collects what would be fetched or run."""
 
@@ -106,14 +113,15 @@ class Nesting(HTMLParser):
 
 
 def test_the_page_is_whole_fetches_nothing_and_runs_nothing() -> None:
-    text = page(report(HOSTILE), {"name": HOSTILE, "limits": {}, "provenance": {"recipe": HOSTILE}}, TRAINING)
+    provenance = {"recipe": HOSTILE, "training": {"histograms": HISTOGRAMS}}
+    text = page(report(HOSTILE), {"name": HOSTILE, "limits": {}, "provenance": provenance}, TRAINING)
     parser = Nesting()
     parser.feed(text)
     assert parser.open == []
     assert (parser.fetched, parser.scripts) == ([], 0)
     assert HOSTILE not in text
     assert "&lt;script&gt;" in text
-    assert text.count("<figure>") == 5
+    assert text.count("<figure>") == 6
 
 
 def test_the_page_does_without_what_was_not_measured() -> None:

@@ -50,7 +50,10 @@ def test_equal_teachers_are_told_apart_by_dash_and_width() -> None:
     spike = {"text": dict.fromkeys("abc", (0, 8, 0, 0))}
     (axes,) = weight_histograms(Histograms(BINS, spike, {})).axes
     assert drawn(axes) == [[0, 1, 0, 0]] * 3
-    assert len({(patch.get_linestyle(), patch.get_linewidth()) for patch in axes.patches}) == 3
+    assert len({patch.get_linestyle() for patch in axes.patches}) == 3
+    widths = [patch.get_linewidth() for patch in axes.patches]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) == 3
     assert len({patch.get_edgecolor() for patch in axes.patches}) == 3
 
 

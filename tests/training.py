@@ -1,0 +1,145 @@
+"""Training runs of tiny recipes without the story around them: what `compress.trainer.train` is given, and what it leaves.
+
+    case = prepared(tmp_path, losses={"features": {"fit_tokens": 512}})      # corpus, student and alignment are made
+    module = learn(case, tmp_path / "run")                                   # as often as wanted, from the same start
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recipes import write_recipe
+
+from edgestill.compress.alignment import Alignment
+from edgestill.compress.distill import corpus_of
+from edgestill.compress.distill_module import DistillModule
+from edgestill.compress.distill_student import aligned_of, made_of
+from edgestill.compress.distill_teachers import caches_of, calibrations_of
+from edgestill.compress.inputs import check_inputs
+from edgestill.compress.low_rank import load_student
+from edgestill.compress.objectives import module_of
+from edgestill.compress.packing import Part
+from edgestill.compress.setting import Setting
+from edgestill.compress.stages import Stage, Workspace
+from edgestill.compress.teachers import best_device
+from edgestill.compress.trainer import train
+from edgestill.compress.windows import OrderedWindows
+from edgestill.profiles.load import load_recipe
+from edgestill.profiles.schema import TrainSpec
+from edgestill.runtime.progress import QuietProgress
+
+ALIGNED: dict[str, Any] = {"features": {"fit_tokens": 256}, "attention": {}}
+REMEMBERING: dict[str, Any] = {
+    "fusion": {"weights": "reinforced"},
+    "losses": {"output": {"divergence": "taid"}, **ALIGNED},
+}
+"""Everything that remembers from step to step: TAID, the policy that selects teachers, and two balances."""
+
+
+@dataclass
+class Case:
+    """What training starts from; every `learn` loads it anew."""
+
+    at: Setting
+    made: Stage
+    aligned: Stage | None
+    calibrations: list[float]
+    caches: list[Path] | None
+
+    @property
+    def part(self) -> Part:
+        return self.at.corpus.training
+
+
+def prepared(folder: Path, **changes: Any) -> Case:
+    """Everything before training of `recipes.RECIPE` with these changes; `folder` may hold earlier ones."""
+    loaded = load_recipe(str(write_recipe(folder, **changes)))
+    given = check_inputs(loaded)
+    with Workspace(folder / "out", QuietProgress()).locked() as space:
+        stage, corpus = corpus_of(loaded, space, given.teachers[0])
+        at = Setting(loaded, space, given.teachers, given.vocabulary, corpus, stage.key, best_device())
+        made = made_of(at)
+        aligned = aligned_of(at, made) if at.recipe.losses.features is not None else None
+        calibrations = calibrations_of(at)
+        return Case(at, made, aligned, calibrations, caches_of(at, calibrations))
+
+
+def learn(case: Case, run: Path, *, uneven: bool = False, **words: Any) -> DistillModule:
+    """Train in the folder `run`, from its newest checkpoint if it has one; `words` change the recipe's `train`."""
+    spec = TrainSpec.model_validate({**case.at.recipe.train.model_dump(), **words})
+    student = load_student(case.made.folder / "student", torch.float32).to(case.at.device)
+    alignment = Alignment.load(case.aligned.folder) if case.aligned is not None else None
+    module = module_of(case.at, student, alignment, case.calibrations, case.caches)
+    run.mkdir(exist_ok=True)
+    names = {"teachers": tuple(t.name for t in case.at.teachers), "domains": case.at.domains}
+    data = OrderedWindows(with_uneven_mask(case.part) if uneven else case.part, case.at.order())
+    with QuietProgress().task("training", 1) as task:
+        train(module, data, spec, run, task, names=names)
+    return module
+
+
+def with_uneven_mask(part: Part) -> Part:
+    """Prompts of any length, whole windows among them, whose tokens are no labels."""
+    windows, length = part.token_ids.shape
+    prompts = np.random.default_rng(0).integers(0, length + length // 3, windows)
+    return dataclasses.replace(part, loss_mask=(np.arange(length) >= prompts[:, None]).astype(np.uint8))
+
+
+# several processes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit code (negative: the signal) and everything it printed."""
+
+    code: int
+    text: str
+
+
+def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Ended]:
+    """Run `work(*arguments)` in `size` processes that are started as torchrun starts them; its int result is the exit code.
+
+    They are forked from a server that has torch and transformers loaded, which takes a second where starting anew takes ten.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["edgestill.compress.distill"])
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    logs = [folder / f"process-{rank}.log" for rank in range(size)]
+    processes = [
+        context.Process(target=_process, args=(rank, size, port, log, work, arguments)) for rank, log in enumerate(logs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()  # a hang: its code tells
+            process.join()
+    return [
+        Ended(process.exitcode or 0, log.read_text(encoding="utf-8"))
+        for process, log in zip(processes, logs, strict=True)
+    ]
+
+
+def _process(rank: int, size: int, port: int, log: Path, work: Callable[..., Any], arguments: Any) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    code = work(*arguments)
+    sys.stdout.flush()
+    sys.exit(code)

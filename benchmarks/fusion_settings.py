@@ -2,8 +2,8 @@
 
     python benchmarks/fusion_settings.py quickstart --json benchmarks/results/fusion_quickstart.json
 
-No student is trained: this is how the recipe's fusion was chosen. `calibrated` says whether entropies were compared at each
-teacher's fitted temperature. `alone` is each teacher by itself.
+No student is trained: this is how the recipe's fusion was chosen. `calibration` says what was fitted before entropies were
+compared (compress/calibrate.py), on other windows than those that are judged. `alone` is each teacher by itself.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import itertools
 import json
 import math
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edgestill.compress.calibrate import calibrate, calibration_windows
+from edgestill.compress.calibrate import Evidence, calibrate, calibration_windows, fit_offsets
 from edgestill.compress.corpus import Corpus, build_corpus, open_corpus
 from edgestill.compress.fusion import WeightRule
 from edgestill.compress.reference import choose_windows
@@ -32,25 +33,30 @@ from edgestill.runtime.device import environment
 from edgestill.runtime.progress import Progress, QuietProgress
 
 TOKENS = 24_000
+CALIBRATIONS: tuple[dict[str, Any], ...] = (
+    {"calibrate": False},
+    {"calibration": "temperature"},
+    {"calibration": "offset"},
+)
 WINDOWS_PER_CHUNK = 8
 
 
-def settings() -> list[tuple[FusionSpec, bool]]:
-    """(fusion, calibrated) of every row."""
-    rows = [(FusionSpec(weights="uniform", mix=mix), False) for mix in ("arithmetic", "geometric")]
+def settings() -> list[FusionSpec]:
+    """The fusion of every row."""
+    rows = [FusionSpec(weights="uniform", mix=mix) for mix in ("arithmetic", "geometric")]
     taus = (0.5, 0.1, 0.05, 0.02, 0.01, 0.005)
-    for granularity, tau, calibrated in itertools.product(("sequence", "ema", "token"), taus, (True, False)):
-        rows.append((FusionSpec(granularity=granularity, entropy_temperature=tau), calibrated))
+    for granularity, tau, calibration in itertools.product(("sequence", "ema", "token"), taus, CALIBRATIONS):
+        rows.append(FusionSpec(granularity=granularity, entropy_temperature=tau, **calibration))
     rows += [
-        (FusionSpec(granularity="ema", ema_decay=decay, entropy_temperature=tau), True)
+        FusionSpec(granularity="ema", ema_decay=decay, entropy_temperature=tau)
         for decay, tau in itertools.product((0.9, 0.95, 0.99), (0.05, 0.02, 0.01))
     ]
     rows += [
-        (FusionSpec(weights="label", granularity=granularity, label_temperature=tau), False)
+        FusionSpec(weights="label", granularity=granularity, label_temperature=tau, calibrate=False)
         for granularity, tau in itertools.product(("token", "sequence"), (2.0, 1.0, 0.5, 0.1))
     ]
-    rows.append((FusionSpec(entropy_temperature=0.02, mix="geometric"), True))
-    rows += [(FusionSpec(entropy_temperature=0.02, floor=floor), True) for floor in (0.0, 0.05, 0.1)]
+    rows.append(FusionSpec(mix="geometric"))
+    rows += [FusionSpec(floor=floor) for floor in (0.0, 0.05, 0.1)]
     return rows
 
 
@@ -70,12 +76,16 @@ def study(recipe: str) -> dict[str, Any]:
 
 def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[str, Any]:
     part = corpus.validation
-    temperatures = []
+    temperatures, entropies, answers = [], [], []
+    fitted_on = calibration_windows(part)
     for teacher in teachers:
         with QuietProgress().task("", 1) as task:
-            found = calibrate(teacher, part, calibration_windows(part), batch_size=8, task=task)
+            found, entropy, answer = calibrate(teacher, part, fitted_on, batch_size=8, task=task)
         temperatures.append(found.temperature)
-    windows = choose_windows(part, TOKENS)
+        entropies.append(entropy)
+        answers.append(answer)
+    evidence = Evidence(torch.stack(entropies), torch.stack(answers))
+    windows = np.setdiff1d(choose_windows(part, TOKENS), fitted_on)
     ids = torch.from_numpy(part.token_ids[windows].astype(np.int64)).to(best_device())
     domains = torch.from_numpy(part.domain[windows].astype(np.int64)).to(ids.device)
     placed = Rows.of(ids, domains)
@@ -99,10 +109,13 @@ def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[
         for k, t in enumerate(teachers)
     }
     everyone, rows = list(range(len(teachers))), []
-    for spec, calibrated in settings():
+    for spec in settings():
         rule = WeightRule.of(spec, [1.0] * len(teachers), vocabulary)
-        found = perplexities(rule, everyone, temperatures if calibrated else [1.0] * len(teachers))
-        rows.append({**spec.model_dump(exclude={"calibrate"}), "calibrated": calibrated, "perplexity": found})
+        by = spec.calibration if spec.calibrate and spec.weights == "entropy" else None
+        if by == "offset":
+            rule = replace(rule, offsets=fit_offsets(rule, evidence, part, fitted_on))
+        found = perplexities(rule, everyone, temperatures if by == "temperature" else [1.0] * len(teachers))
+        rows.append({**spec.model_dump(), "calibration": by, "offsets": list(rule.offsets), "perplexity": found})
     return {"tokens": int(ids.numel()), "temperatures": temperatures, "alone": alone, "rows": rows}
 
 
@@ -124,7 +137,7 @@ def main() -> None:
         words = f"{row['weights']} {row['granularity']} tau {tau_of(row)} floor {row['floor']} {row['mix']}" + (
             f" decay {row['ema_decay']}" if row["granularity"] == "ema" else ""
         )
-        print(f"{words:60} {'calibrated' if row['calibrated'] else '':10} {row['perplexity']}")
+        print(f"{words:60} {row['calibration'] or '':12} {row['perplexity']}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ from edgestill.compress.ablate_table import summary, write_tables
 from edgestill.compress.ablate_workers import Workers
 from edgestill.compress.corpus import Corpus
 from edgestill.compress.distill import corpus_of
-from edgestill.compress.distill_teachers import calibrations_of
+from edgestill.compress.distill_teachers import calibrations_of, with_offsets
 from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.setting import Setting
 from edgestill.compress.stages import Keys, Workspace
@@ -67,6 +67,7 @@ class Shared:
     given: dict[str, Inputs]
     """By row."""
     calibrations: dict[str, tuple[float, ...]]
+    offsets: dict[str, tuple[float, ...]]
     """By row; they come from validation text, so they are the same for every seed."""
 
 
@@ -110,7 +111,7 @@ def ablate(
             raise BadInput(f"data: a domain is called {MIXED!r}, as the table calls all of them; rename it")
         part: PartName = "held_out" if held_out else "validation"
         judged = identity(corpus.held_out if held_out else corpus.validation)
-        shared = Shared(space, corpus, stage.key, part, judged, given, {})
+        shared = Shared(space, corpus, stage.key, part, judged, given, {}, {})
         _calibrate(shared, chosen.rows)
         first = loaded.recipe.train.seed
         results, failures = _students(shared, chosen.rows, range(first, first + seeds), jobs)
@@ -202,6 +203,7 @@ def _calibrate(shared: Shared, rows: list[Row]) -> None:
             device=best_device(),
         )
         shared.calibrations[row.name] = tuple(calibrations_of(at))
+        shared.offsets[row.name] = with_offsets(at).offsets
 
 
 def _run_of(shared: Shared, row: Row, seed: int) -> Run:
@@ -214,6 +216,7 @@ def _run_of(shared: Shared, row: Row, seed: int) -> Run:
         corpus=shared.corpus.folder,
         corpus_key=shared.corpus_key,
         calibrations=shared.calibrations[row.name],
+        offsets=shared.offsets[row.name],
         caches=None,
         part=shared.part,
         part_sha256=shared.part_sha256,

@@ -8,6 +8,7 @@ ablate/targets/<key>.json            a fused target on one of them; shared by al
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ class Run:
     corpus: Path
     corpus_key: str
     calibrations: tuple[float, ...]
+    offsets: tuple[float, ...]
     caches: tuple[Path, ...] | None
     """Of its teachers' answers; None: they run during training, or are not heard."""
     part: PartName
@@ -85,6 +87,7 @@ class Run:
             corpus=open_corpus(self.corpus),
             corpus_key=self.corpus_key,
             device=best_device(),
+            offsets=self.offsets,
         )
 
     def student(self) -> tuple[str, bool]:
@@ -169,6 +172,8 @@ def train_and_judge(run: Run, progress: Progress) -> dict[str, Any]:
         "row": run.row.name,
         "seed": run.seed,
         "changes": run.row.changes,
+        "recipe": run.row.loaded.name,
+        "recipe_sha256": hashlib.sha256(run.row.loaded.text.encode()).hexdigest(),
         "part": run.part,
         "part_sha256": run.part_sha256,
         "training": stage.info,

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from edgestill.compress.corpus import Corpus, build_corpus, open_corpus, source_hashes
 from edgestill.compress.distill_student import STATE, student_of
-from edgestill.compress.distill_teachers import caches_of, calibrations_of, compared_at
+from edgestill.compress.distill_teachers import caches_of, calibrations_of, compared_at, with_offsets
 from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.low_rank import load_student
 from edgestill.compress.processes import first_then_others, from_first, is_first, joined, share_of
@@ -95,12 +95,13 @@ def run(loaded: LoadedRecipe, given: Inputs, space: Workspace) -> Distilled:
     stage, corpus = corpus_of(loaded, space, teachers[0])
     at = Setting(loaded, space, teachers, given.vocabulary, corpus, stage.key, best_device())
     calibrations = calibrations_of(at)
+    at = with_offsets(at)
     caches = caches_of(at, calibrations)
     trained = student_of(at, calibrations, caches)
     reference = _reference(at, trained, calibrations)
     facts = {
         "teachers": [_words(t) for t in teachers],
-        "calibration": calibrations,
+        "calibration": {"temperatures": calibrations, "offsets": list(at.offsets)},
         "corpus": {"sha256": corpus.sha256, "sources": list(corpus.sources), "domains": list(corpus.domains)},
         "training": trained.info,
         "reference": reference.info,

@@ -48,8 +48,6 @@ class DistillModule(nn.Module):
         self.policy, self.taid = policy, taid
         self.feature_balance = Balance(features.spec.ratio) if features is not None else None
         self.attention_balance = Balance(attention.spec.ratio) if attention is not None else None
-        if taid is not None:
-            output = dataclasses.replace(output, settings=dataclasses.replace(output.settings, interpolation=taid.t))
         self.output = output
         vocabulary = student.get_output_embeddings().weight.shape[0]
         self.meter = Meter(len(source.names) if source else 0, domains, math.log(vocabulary))
@@ -90,7 +88,7 @@ class DistillModule(nn.Module):
             rows,
             lesson.target if lesson else None,
             normaliser,
-            dataclasses.replace(self.output, cross_entropy=0.0) if own else self.output,
+            self._output_now(own),
         )
         self._note(rows, values, lesson, own)
         if lesson is not None:  # also without a row: every process must reach every parameter
@@ -104,6 +102,13 @@ class DistillModule(nn.Module):
         for balance in (self.feature_balance, self.attention_balance):
             if balance is not None:
                 balance.finish()
+
+    def _output_now(self, own: bool) -> OutputLoss:
+        """The output loss of this batch. Buffers are asked for each time: a module that is moved or wrapped may replace them."""
+        output = dataclasses.replace(self.output, cross_entropy=0.0) if own else self.output
+        if self.taid is None:
+            return output
+        return dataclasses.replace(output, settings=dataclasses.replace(output.settings, interpolation=self.taid.t))
 
     def _listen(self, input_ids: Tensor) -> tuple[Tensor, dict[int, Tensor], Any]:
         """The student's hidden states [B, T, d], block outputs and attention of the layers that are aligned."""

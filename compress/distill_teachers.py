@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch
 
 from edgestill.compress.cache_answers import Mode
 from edgestill.compress.cache_capture import capture
-from edgestill.compress.calibrate import calibrate, calibration_windows
+from edgestill.compress.calibrate import Evidence, calibrate, calibration_windows, fit_offsets
 from edgestill.compress.processes import from_first, on_this_machine
 from edgestill.compress.setting import Setting
+from edgestill.compress.stages import Stage
 from edgestill.compress.teachers import TeacherFacts, fit_together, load_teacher
 from edgestill.profiles.schema import Recipe
 from edgestill.runtime.errors import BadInput
 
-CODE = {"calibrate": 1, "cache": 2}
+CODE = {"calibrate": 2, "cache": 2}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 REPEATS_THAT_PAY = 2.0
 """From this many passes over the same tokens, capturing the teachers once costs less than running them every time."""
@@ -35,25 +36,46 @@ def calibrations_of(at: Setting) -> list[float]:
     """
     if not (_compares_calibrated(at.recipe) or _may_store(at)):
         return [1.0] * len(at.teachers)
+    stage = _calibrated(at)
+    return [float(stage.info[t.name]["temperature"]) for t in at.teachers]
+
+
+def with_offsets(at: Setting) -> Setting:
+    """The setting with the offsets of its teachers' entropies fitted, where the fusion asks for them."""
+    fusion = at.recipe.fusion
+    if fusion.weights != "entropy" or not fusion.calibrate or fusion.calibration != "offset" or len(at.teachers) < 2:
+        return at
+    validation = at.corpus.validation
+    evidence = Evidence.load(_calibrated(at).folder)
+    offsets = fit_offsets(at.rule, evidence, validation, calibration_windows(validation))
+    words = ", ".join(f"{t.name} {o:+.4f}" for t, o in zip(at.teachers, offsets, strict=True))
+    at.progress.say(f"offsets of the normalised entropies: {words}")
+    return replace(at, offsets=offsets)
+
+
+def _calibrated(at: Setting) -> Stage:
+    """Each teacher's temperature (in the info) and its evidence on validation windows (`EVIDENCE`)."""
     batch = at.recipe.train.batch_size
     windows = calibration_windows(at.corpus.validation)
 
     def fit(folder: Path) -> dict[str, Any]:
-        found = {}
+        found, entropies, answers = {}, [], []
         for facts in at.teachers:
             teacher = load_teacher(facts, at.device)
             with at.progress.task(f"teacher {facts.name}", len(windows), "windows") as task:
-                result = calibrate(teacher, at.corpus.validation, windows, batch_size=batch, task=task)
+                result, entropy, answer = calibrate(teacher, at.corpus.validation, windows, batch_size=batch, task=task)
             at.progress.say(
                 f"teacher {facts.name}: temperature {result.temperature:.3f}, validation perplexity "
                 f"{result.perplexity:.1f} -> {result.calibrated_perplexity:.1f}"
             )
             found[facts.name] = asdict(result)
+            entropies.append(entropy)
+            answers.append(answer)
+        Evidence(torch.stack(entropies), torch.stack(answers)).save(folder)
         return found
 
     inputs = {"teachers": at.teacher_hashes(), "corpus": at.corpus_key, "code": CODE["calibrate"]}
-    stage = at.space.stage("calibrate", "calibrate: one temperature per teacher", inputs, fit)
-    return [float(stage.info[t.name]["temperature"]) for t in at.teachers]
+    return at.space.stage("calibrate", "calibrate: how sure the teachers are, and of what", inputs, fit)
 
 
 def compared_at(recipe: Recipe, calibrations: Sequence[float]) -> list[float]:
@@ -100,7 +122,8 @@ def caches_of(at: Setting, calibrations: Sequence[float]) -> list[Path] | None:
 
 
 def _compares_calibrated(recipe: Recipe) -> bool:
-    return recipe.fusion.calibrate and recipe.fusion.weights in ("entropy", "reinforced")
+    fusion = recipe.fusion
+    return fusion.calibrate and fusion.calibration == "temperature" and fusion.weights in ("entropy", "reinforced")
 
 
 def _needs_teachers(recipe: Recipe) -> str | None:

@@ -136,13 +136,13 @@ class _FusedHead(torch.autograd.Function):
                 gradient = _chunk_gradient(logits, rows.labels[part], answer, spec, values[:, part], scratch)
                 g = gradient
                 if dtype != gradient.dtype:
-                    g = scratch.take("narrow", *gradient.shape, dtype).copy_(gradient)
+                    g = scratch.take("narrow", gradient.shape, dtype).copy_(gradient)
                 grad_hidden[part] = (g @ weight).to(grad_hidden.dtype)
                 if grad_head is not None:
                     if dtype == grad_head.dtype:
                         grad_head.addmm_(g.T, h)
                     else:
-                        grad_head += torch.mm(g.T, h, out=scratch.take("head", *head.shape, dtype))
+                        grad_head += torch.mm(g.T, h, out=scratch.take("head", head.shape, dtype))
                 if grad_bias is not None:
                     grad_bias += gradient.sum(0)
         for found in (grad_hidden, grad_head, grad_bias):  # [n, d] and [V, d] are small beside [n, V]
@@ -188,7 +188,7 @@ def _chunk_gradient(
     if target is not None and spec.ranking is not None:
         values[2], *ranked = ranking_loss(logits, target, spec.ranking)
     if target is None:
-        q, lse = softmax_facts(logits, scratch.take("term", *logits.shape, logits.dtype))
+        q, lse = softmax_facts(logits, scratch.take("term", logits.shape, logits.dtype))
         gradient = q.mul_(spec.cross_entropy)
     elif isinstance(target, Dense):
         gradient, lse = _dense_gradient(logits, target, spec, values, scratch)
@@ -207,7 +207,7 @@ def _dense_gradient(
     logits: Tensor, target: Dense, spec: OutputLoss, values: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     """w_out T dD/d(z/T) + w_ce q [rows, V] over the whole vocabulary, and log sum exp z [rows]."""
-    q, lse = softmax_facts(logits, scratch.take("term", *logits.shape, logits.dtype))
+    q, lse = softmax_facts(logits, scratch.take("term", logits.shape, logits.dtype))
     if spec.temperature == 1:
         log_q, tempered = logits.sub_(lse.unsqueeze(1)), q
     else:
@@ -225,7 +225,7 @@ def _bucket_gradient(
     """The same over the stored tokens and the tail (module docstring): one exponential a token, as plain cross-entropy."""
     stored = logits.gather(1, target.ids).masked_fill_(~target.used, -torch.inf)
     outside = logits.scatter_(1, target.ids, -torch.inf)
-    share, lse_tail = softmax_facts(outside, scratch.take("term", *outside.shape, outside.dtype))
+    share, lse_tail = softmax_facts(outside, scratch.take("term", outside.shape, outside.dtype))
     if target.ids.shape[1] >= logits.shape[1]:  # perhaps nothing is outside: 0 / 0
         share, lse_tail = share.nan_to_num_(0.0), lse_tail.nan_to_num_(-torch.inf)
     z = torch.cat([stored, lse_tail.unsqueeze(1)], dim=1)

@@ -5,7 +5,8 @@ the true token:
 
     uniform       w_k = 1 / K
     static        w_k given, sum 1
-    entropy       w_k = softmax_k(-(H_k / log V) / tau)       normalised entropy, so tau does not depend on the vocabulary
+    entropy       w_k = softmax_k(-(H_k / log V - o_k) / tau)      normalised entropy, so tau does not depend on the
+                  vocabulary; o_k is fitted (calibrate.py) or 0
     label         w_k = softmax_k(log p_k(y) / tau)           FuseLLM's AvgCE (arXiv 2401.10491); tau -> 0 is MinCE
     routed        w_k = 1 for the teachers of the row's domain, shared evenly; all of them where none claims it
     reinforced    w_k = 1 / n for the n teachers that a policy selects (reinforced.py)
@@ -67,6 +68,8 @@ class WeightRule:
     domains: tuple[frozenset[int], ...] = ()
     """by domain: those that each teacher answers for."""
     policy: SelectionPolicy | None = None
+    offsets: tuple[float, ...] = ()
+    """Taken off each teacher's normalised entropy; empty: 0."""
 
     @classmethod
     def of(
@@ -77,6 +80,7 @@ class WeightRule:
         *,
         domains: Sequence[frozenset[int]] = (),
         policy: SelectionPolicy | None = None,
+        offsets: Sequence[float] = (),
     ) -> WeightRule:
         """The rule of a recipe for teachers with these static weights (read only under `weights: static`)."""
         weights = list(static_weights) if spec.weights == "static" else [1.0] * len(static_weights)
@@ -95,6 +99,7 @@ class WeightRule:
             log_vocabulary=math.log(vocabulary),
             domains=tuple(domains),
             policy=policy,
+            offsets=tuple(offsets),
         )
 
     @property
@@ -115,10 +120,10 @@ class WeightRule:
     def score(self, teacher: int, evidence: Evidence) -> Tensor:
         """Unnormalised log-weight of one teacher (its index) for each row."""
         if self.by == "entropy":
-            pooled = self._pooled(evidence.entropy, evidence.sequence)
-            return pooled / (-self.tau * self.log_vocabulary)
+            pooled = self.pooled(evidence.entropy, evidence.sequence) / self.log_vocabulary
+            return (pooled - (self.offsets[teacher] if self.offsets else 0.0)) / -self.tau
         if self.by == "label":
-            return self._pooled(evidence.label_log_p, evidence.sequence) / self.tau
+            return self.pooled(evidence.label_log_p, evidence.sequence) / self.tau
         if self.by == "domain":
             return self._routed(teacher, evidence.domain)
         if self.policy is not None:
@@ -137,7 +142,8 @@ class WeightRule:
         """(1 - floor) w + floor / K for weights [K, ...]."""
         return weights if self.floor == 0 else weights * (1 - self.floor) + self.floor / weights.shape[0]
 
-    def _pooled(self, values: Tensor, sequence: Tensor) -> Tensor:
+    def pooled(self, values: Tensor, sequence: Tensor) -> Tensor:
+        """`values` [rows] averaged as the granularity says."""
         if self.granularity == "sequence":
             return pool(values, sequence)
         return moving_average(values, sequence, self.ema_decay) if self.granularity == "ema" else values
@@ -196,9 +202,9 @@ class FusionAccumulator:
         unnormalised log-weight [rows]."""
         self.scores.append(score)
         if self._fused is None:
-            self._fused = self.scratch.take("fused", *term.shape).copy_(term)
+            self._fused = self.scratch.take("fused", term.shape).copy_(term)
             if self.rule.floor > 0 and self.teachers > 1:
-                self._plain = self.scratch.take("plain", *term.shape).copy_(term)
+                self._plain = self.scratch.take("plain", term.shape).copy_(term)
             self._shift, self._total = score, torch.ones_like(score)
             return
         if self._plain is not None:
@@ -219,7 +225,7 @@ class FusionAccumulator:
             fused.mul_(((1 - floor) / self._total).unsqueeze(-1))
             if self._plain is not None:
                 fused.add_(self._plain, alpha=floor / self.teachers)
-        other = self.scratch.take("plain", *fused.shape)
+        other = self.scratch.take("plain", fused.shape)
         if self.rule.geometric:
             log_p = torch.log_softmax(fused, -1, out=other).clamp_min_(LOG_TINY)
             return torch.exp(log_p, out=fused), log_p, weights

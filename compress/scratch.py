@@ -6,6 +6,8 @@ that fills it (benchmarks/fused_loss.py). It also makes the peak of memory the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ class Scratch:
         self.rows, self.device = rows, device
         self._held: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The buffer `name` as [rows, columns]; one name is one memory for each width and type."""
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The buffer `name` as a tensor of this shape [rows, columns]; one name is one memory for each width and type."""
+        rows, columns = shape
         key = (name, columns, dtype)
         if key not in self._held:
             self._held[key] = torch.empty(max(rows, self.rows), columns, dtype=dtype, device=self.device)
@@ -32,8 +35,8 @@ def product(hidden: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratc
     """
     shape = (hidden.shape[0], weight.shape[0])
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = scratch.take("logits", *shape, wide)
-    narrow = logits if hidden.dtype == wide else scratch.take("narrow", *shape, hidden.dtype)
+    logits = scratch.take("logits", shape, wide)
+    narrow = logits if hidden.dtype == wide else scratch.take("narrow", shape, hidden.dtype)
     torch.mm(hidden, weight.T, out=narrow)
     if narrow is not logits:
         logits.copy_(narrow)

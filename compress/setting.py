@@ -31,6 +31,8 @@ class Setting:
     corpus: Corpus
     corpus_key: str
     device: torch.device
+    offsets: tuple[float, ...] = ()
+    """Of the teachers' entropies, once they are fitted (distill_teachers.with_offsets)."""
 
     @property
     def recipe(self) -> Recipe:
@@ -67,6 +69,7 @@ class Setting:
             self.vocabulary,
             domains=self._claims(),
             policy=policy,
+            offsets=self.offsets,
         )
 
     def policy(self) -> SelectionPolicy | None:
@@ -109,4 +112,5 @@ class Setting:
             "fusion": self.recipe.fusion.model_dump(mode="json"),
             "static": [t.weight for t in self.recipe.teachers],
             "domains": [t.domains for t in self.recipe.teachers],
+            "offsets": list(self.offsets),
         }

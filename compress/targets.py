@@ -155,8 +155,8 @@ class OnlineTarget:
         if self.rule.needs_entropy:
             scaled = logits
             if teacher.calibration != 1:
-                scaled = torch.div(logits, teacher.calibration, out=scratch.take("scaled", *shape))
-            p, lse = softmax_facts(scaled, scratch.take("term", *shape))
+                scaled = torch.div(logits, teacher.calibration, out=scratch.take("scaled", shape))
+            p, lse = softmax_facts(scaled, scratch.take("term", shape))
             entropy = lse - row_dot(p, scaled)
         return entropy, label, self.rule.needs_entropy and teacher.calibration == 1
 
@@ -169,7 +169,7 @@ class OnlineTarget:
         ready: those at temperature 1 lie in their buffer already.
         """
         tempered = logits if self.temperature == 1 else logits.div_(self.temperature)
-        term = scratch.take("term", *logits.shape)
+        term = scratch.take("term", logits.shape)
         if ready and self.temperature == 1 and not self.rule.geometric:
             return term
         if self.rule.geometric:

@@ -156,6 +156,7 @@ def main() -> None:
     """The child's entry."""
     import psutil  # noqa: F401  (imported here so that every fork has it)
     import torch  # noqa: F401
+
     import edgestill.compress.low_rank  # noqa: F401
 
     request = json.load(sys.stdin)

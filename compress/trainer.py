@@ -94,7 +94,7 @@ def train(
 
 def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule) -> TrainingArguments:
     device = best_device()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=share_of(spec.batch_size),
@@ -117,9 +117,10 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule)
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         label_names=["labels"],
-        ddp_broadcast_buffers=False,  # they hold what this process alone has seen since the last step
         ddp_find_unused_parameters=_routes(module.student),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs the Trainer would make threads and enlarge the batch
+    return arguments
 
 
 def _routes(student: PreTrainedModel) -> bool:
@@ -162,10 +163,13 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> Any:
         if sharding.is_sharded(model):
             return sharding.Sharded(model, self.accelerator.autocast)
-        wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
+        wrapped: Any = super()._wrap_model(model, training, dataloader)
+        if world()[0] > 1:
+            wrapped = self.accelerator.prepare_model(wrapped)
+            wrapped.broadcast_buffers = False  # they hold what this process alone has seen since the last step
         return wrapped
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -50,7 +50,7 @@ class FusionSpec(Words):
     """Where entropy (or the label's log-probability) is averaged before it becomes a weight: not at all, over the window, or
     over the tokens so far with decay `ema_decay`. Per token a wrong but sure teacher wins too often."""
     ema_decay: OpenFraction = 0.98
-    entropy_temperature: Positive = 0.02
+    entropy_temperature: Positive = 0.01
     """tau in softmax(-H / (tau log V)); smaller is sharper."""
     label_temperature: Positive = 0.5
     """tau in softmax(log p(label) / tau), nats."""
@@ -59,6 +59,10 @@ class FusionSpec(Words):
     mix: Literal["arithmetic", "geometric"] = "arithmetic"
     """arithmetic: sum of w p (any sure teacher contributes); geometric: normalised product of p^w (a veto counts)."""
     calibrate: bool = True
-    """Fit one temperature per teacher on validation text before entropies are compared."""
+    """Make the entropies of different teachers comparable, by a fit on validation text."""
+    calibration: Literal["offset", "temperature"] = "offset"
+    """offset: what is taken off each teacher's normalised entropy, such that the fused target suits the text best;
+    temperature: the one that suits each teacher alone best, at which its entropy is taken. Where each teacher knows one
+    domain, the second makes a teacher doubt its own domain for its errors in the others."""
     reinforced: ReinforcedSpec = ReinforcedSpec()
     """Read when weights is reinforced."""

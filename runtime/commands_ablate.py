@@ -44,6 +44,7 @@ def ablate(
         edgestill ablate quickstart --seeds 3 --jobs 2
         edgestill ablate my/recipe.yaml --rows my/rows.yaml --tokens 200000
     """
+    upper("compress.processes").refuse_several("ablate")
     progress = Progress()
     folder = out if out is not None else Path("build") / upper("profiles.locate").name_of(recipe)
     try:

@@ -43,6 +43,7 @@ def build(
     Example:
         edgestill build quickstart --profile cpu-x86 --profile cpu-arm64
     """
+    upper("compress.processes").refuse_several("build")
     progress = Progress()
     locate = upper("profiles.locate")
     folder = out if out is not None else Path("build") / locate.name_of(recipe)
@@ -75,9 +76,12 @@ def distill(
 ) -> None:
     """Train the student only: a normal Hugging Face checkpoint, and the reference to judge it by.
 
+    Started by torchrun, all processes train; `build` with the same --out then takes the student up.
+
     \b
     Example:
         edgestill distill quickstart --out build/student
+        torchrun --nproc_per_node 2 --no-python edgestill distill quickstart --out build/student
     """
     progress = Progress()
     try:

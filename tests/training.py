@@ -1,7 +1,7 @@
 """Training runs of tiny recipes without the story around them: what `compress.trainer.train` is given, and what it leaves.
 
-    case = prepared(tmp_path, losses={"features": {"fit_tokens": 512}})      # corpus, student and alignment are made
-    module = learn(case, tmp_path / "run")                                   # as often as wanted, from the same start
+    case = prepared(write_recipe(tmp_path, losses={"features": {}}))     # corpus, student and alignment are made
+    module = learn(case, tmp_path / "run")                               # as often as wanted, from the same start
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipes import write_recipe
 
 from edgestill.compress.alignment import Alignment
 from edgestill.compress.distill import corpus_of
@@ -61,11 +60,11 @@ class Case:
         return self.at.corpus.training
 
 
-def prepared(folder: Path, **changes: Any) -> Case:
-    """Everything before training of `recipes.RECIPE` with these changes; `folder` may hold earlier ones."""
-    loaded = load_recipe(str(write_recipe(folder, **changes)))
+def prepared(recipe: Path) -> Case:
+    """Everything before training, in the folder `out` beside the recipe."""
+    loaded = load_recipe(str(recipe))
     given = check_inputs(loaded)
-    with Workspace(folder / "out", QuietProgress()).locked() as space:
+    with Workspace(recipe.parent / "out", QuietProgress()).locked() as space:
         stage, corpus = corpus_of(loaded, space, given.teachers[0])
         at = Setting(loaded, space, given.teachers, given.vocabulary, corpus, stage.key, best_device())
         made = made_of(at)
@@ -107,25 +106,36 @@ class Ended:
 
 
 def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Ended]:
-    """Run `work(*arguments)` in `size` processes that are started as torchrun starts them; its int result is the exit code.
-
-    They are forked from a server that has torch and transformers loaded, which takes a second where starting anew takes ten.
-    """
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["edgestill.compress.distill"])
+    """Run `work(*arguments)` in `size` processes that are started as torchrun starts them; its int result is the exit code."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    logs = [folder / f"process-{rank}.log" for rank in range(size)]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+    return _run(places, folder, work, arguments)
+
+
+def alone(folder: Path, work: Callable[..., Any], *arguments: Any) -> Ended:
+    """The same in one process of its own, which is free to die."""
+    return _run([{}], folder, work, arguments)[0]
+
+
+def _run(places: list[dict[str, Any]], folder: Path, work: Callable[..., Any], arguments: Any) -> list[Ended]:
+    """One process per place (environment). They are forked from a server that has torch and transformers loaded: that takes a
+    second where starting anew takes ten."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["edgestill.compress.distill"])
+    logs = [folder / f"process-{rank}.log" for rank in range(len(places))]
     processes = [
-        context.Process(target=_process, args=(rank, size, port, log, work, arguments)) for rank, log in enumerate(logs)
+        context.Process(target=_process, args=(place, log, work, arguments))
+        for place, log in zip(places, logs, strict=True)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(120)
         if process.exitcode is None:
-            process.kill()  # a hang: its code tells
+            process.kill()  # it hangs, and its exit code says so
             process.join()
     return [
         Ended(process.exitcode or 0, log.read_text(encoding="utf-8"))
@@ -133,12 +143,11 @@ def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any)
     ]
 
 
-def _process(rank: int, size: int, port: int, log: Path, work: Callable[..., Any], arguments: Any) -> None:
+def _process(place: dict[str, Any], log: Path, work: Callable[..., Any], arguments: Any) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     code = work(*arguments)
     sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_block_influence_is_one_minus_the_mean_cosine(tmp_path: Path, family: st
     logits_of(model, calibration)
     for hook in hooks:
         hook.remove()
-    pairs = zip(states, states[1:], strict=False)
+    pairs = itertools.pairwise(states)
     theirs = [1 - torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in pairs]
     assert ours == pytest.approx(theirs, abs=1e-6)
     assert min(ours) > 0.01

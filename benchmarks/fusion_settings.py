@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from edgestill.compress.calibrate import Evidence, calibrate, calibration_windows, fit_offsets
-from edgestill.compress.corpus import Corpus, build_corpus, open_corpus
-from edgestill.compress.fusion import WeightRule
+from edgestill.compress.corpus import Corpus, Part, build_corpus, open_corpus
+from edgestill.compress.fusion import WeightRule, entropy_of
 from edgestill.compress.reference import choose_windows
 from edgestill.compress.rows import Rows, chunks
 from edgestill.compress.targets import OnlineTarget, TeacherRows
@@ -38,7 +40,7 @@ CALIBRATIONS: tuple[dict[str, Any], ...] = (
     {"calibration": "temperature"},
     {"calibration": "offset"},
 )
-WINDOWS_PER_CHUNK = 8
+ROWS = 512
 
 
 def settings() -> list[FusionSpec]:
@@ -75,48 +77,74 @@ def study(recipe: str) -> dict[str, Any]:
 
 
 def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[str, Any]:
-    part = corpus.validation
-    temperatures, entropies, answers = [], [], []
+    part, everyone = corpus.validation, range(len(teachers))
     fitted_on = calibration_windows(part)
-    for teacher in teachers:
-        with QuietProgress().task("", 1) as task:
-            found, entropy, answer = calibrate(teacher, part, fitted_on, batch_size=8, task=task)
-        temperatures.append(found.temperature)
-        entropies.append(entropy)
-        answers.append(answer)
-    evidence = Evidence(torch.stack(entropies), torch.stack(answers))
+    temperatures, evidence = _evidence(teachers, part, fitted_on)
     windows = np.setdiff1d(choose_windows(part, TOKENS), fitted_on)
     ids = torch.from_numpy(part.token_ids[windows].astype(np.int64)).to(best_device())
-    domains = torch.from_numpy(part.domain[windows].astype(np.int64)).to(ids.device)
-    placed = Rows.of(ids, domains)
-    domain = placed.domain.cpu().numpy()
+    rows = Rows.of(ids, torch.from_numpy(part.domain[windows].astype(np.int64)).to(ids.device))
     hidden = [torch.cat([t.hidden(b)[0][:, :-1].flatten(0, 1).float() for b in ids.split(8)]) for t in teachers]
+    answers = [TeacherRows(hidden[k], t.head_weight.float(), t.head_bias) for k, t in enumerate(teachers)]
+    seen = {1.0: Said(answers, rows)}
+    seen |= {0.0: Said([replace(a, calibration=t) for a, t in zip(answers, temperatures, strict=True)], rows)}
 
-    def perplexities(rule: WeightRule, used: list[int], calibrations: list[float]) -> dict[str, float]:
-        rows = [
-            TeacherRows(hidden[k], teachers[k].head_weight.float(), None, c)
-            for k, c in zip(used, calibrations, strict=True)
-        ]
-        target, picked = OnlineTarget(rows, rule, placed), []
-        for chunk in chunks(placed.lengths, WINDOWS_PER_CHUNK * ids.shape[1]):
-            picked.append(target.chunk(chunk).log_p.gather(1, placed.labels[chunk, None]).squeeze(1))
-        logp = torch.cat(picked).cpu().double().numpy()
-        masks = {"mixed": domain >= 0, **{name: domain == i for i, name in enumerate(corpus.domains)}}
-        return {name: round(math.exp(-float(logp[mask].mean())), 3) for name, mask in masks.items()}
+    def perplexities(log_p: Tensor) -> dict[str, float]:
+        masks = {"mixed": rows.domain >= 0, **{name: rows.domain == i for i, name in enumerate(corpus.domains)}}
+        return {name: round(math.exp(-float(log_p[mask].double().mean())), 3) for name, mask in masks.items()}
 
-    alone = {
-        t.facts.name: perplexities(WeightRule.of(FusionSpec(weights="uniform"), [1.0], vocabulary), [k], [1.0])
-        for k, t in enumerate(teachers)
-    }
-    everyone, rows = list(range(len(teachers))), []
+    found = []
     for spec in settings():
         rule = WeightRule.of(spec, [1.0] * len(teachers), vocabulary)
         by = spec.calibration if spec.calibrate and spec.weights == "entropy" else None
         if by == "offset":
             rule = replace(rule, offsets=fit_offsets(rule, evidence, part, fitted_on))
-        found = perplexities(rule, everyone, temperatures if by == "temperature" else [1.0] * len(teachers))
-        rows.append({**spec.model_dump(), "calibration": by, "offsets": list(rule.offsets), "perplexity": found})
-    return {"tokens": int(ids.numel()), "temperatures": temperatures, "alone": alone, "rows": rows}
+        log_p = seen[0.0 if by == "temperature" else 1.0].fused(rule)
+        found.append(
+            {**spec.model_dump(), "calibration": by, "offsets": list(rule.offsets), "perplexity": perplexities(log_p)}
+        )
+    alone = {t.facts.name: perplexities(seen[1.0].label_log_p[k]) for k, t in zip(everyone, teachers, strict=True)}
+    return {"tokens": int(ids.numel()), "temperatures": temperatures, "alone": alone, "rows": found}
+
+
+def _evidence(teachers: list[Teacher], part: Part, windows: npt.NDArray[np.int64]) -> tuple[list[float], Evidence]:
+    """The fitted temperatures, and what offsets are fitted on."""
+    temperatures, entropies, answers = [], [], []
+    for teacher in teachers:
+        with QuietProgress().task("", 1) as task:
+            found, entropy, answer = calibrate(teacher, part, windows, batch_size=8, task=task)
+        temperatures.append(found.temperature)
+        entropies.append(entropy)
+        answers.append(answer)
+    return temperatures, Evidence(torch.stack(entropies), torch.stack(answers))
+
+
+class Said:
+    """The teachers' entropies and log-probabilities of the true tokens, float32 [K, n], from one pass over their logits.
+
+    An arithmetic mix of the true tokens needs no more; a geometric one goes through the logits again.
+    """
+
+    def __init__(self, answers: list[TeacherRows], rows: Rows) -> None:
+        self.answers, self.rows = answers, rows
+        self.entropy = torch.zeros(len(answers), rows.labels.numel(), device=rows.labels.device)
+        self.label_log_p = torch.zeros_like(self.entropy)
+        for chunk in chunks(rows.lengths, ROWS):
+            for k, answer in enumerate(answers):
+                logits = answer.logits(chunk)
+                log_p = torch.log_softmax(logits / answer.calibration, -1)
+                self.entropy[k, chunk] = entropy_of(log_p)
+                picked = logits.gather(1, rows.labels[chunk, None]).squeeze(1)
+                self.label_log_p[k, chunk] = picked - logits.logsumexp(-1)
+
+    def fused(self, rule: WeightRule) -> Tensor:
+        """log p of the true tokens under the fused target, float32 [n]."""
+        if not rule.geometric:
+            weights = rule.weights(self.entropy, self.label_log_p, self.rows.sequence, self.rows.domain)
+            return torch.logsumexp(weights.log() + self.label_log_p, 0)
+        target, picked = OnlineTarget(self.answers, rule, self.rows), []
+        for chunk in chunks(self.rows.lengths, ROWS):
+            picked.append(target.chunk(chunk).log_p.gather(1, self.rows.labels[chunk, None]).squeeze(1))
+        return torch.cat(picked)
 
 
 def tau_of(row: dict[str, Any]) -> float:

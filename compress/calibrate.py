@@ -27,6 +27,7 @@ from edgestill.compress.corpus import Part
 from edgestill.compress.divergence import row_dot
 from edgestill.compress.fused_head import CPU_CHUNK_BYTES
 from edgestill.compress.fusion import WeightRule
+from edgestill.compress.packing import spread
 from edgestill.compress.rows import IGNORE, Rows
 from edgestill.compress.teachers import Teacher
 from edgestill.runtime.progress import Task
@@ -37,7 +38,7 @@ OFFSET_PENALTY = 1e-4
 SOFTER = (64.0, 16.0, 4.0, 1.0)
 """Temperatures of the fit over that of the rule, one after the other: where weights are sharp and wrong, nothing slopes."""
 GRID = tuple(math.exp(x) for x in np.linspace(math.log(0.5), math.log(3.0), 19))
-MAX_WINDOWS = 64
+MAX_WINDOWS = 128
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,8 @@ class Evidence:
 
 
 def calibration_windows(validation: Part) -> npt.NDArray[np.int64]:
-    """At most `MAX_WINDOWS` validation windows, spread evenly."""
-    total = validation.n_windows
-    return np.unique(np.linspace(0, total - 1, min(MAX_WINDOWS, total)).round().astype(np.int64))
+    """At most `MAX_WINDOWS` validation windows, as many of each domain (where it has them), spread evenly."""
+    return spread(validation, MAX_WINDOWS)
 
 
 @torch.no_grad()

@@ -38,6 +38,8 @@ BUFFERS_PER_CHUNK = 7
 DEFAULT_CHUNK_BYTES = 512 << 20
 CPU_CHUNK_BYTES = 32 << 20
 """On a CPU the passes over a chunk are faster while it lies in the last-level cache."""
+HEAD_ROWS = 4096
+"""Of dW at a time, where it has to be widened."""
 FEWEST_ROWS = 128
 """Fewer rows leave the products waiting for the head's weights."""
 
@@ -139,10 +141,7 @@ class _FusedHead(torch.autograd.Function):
                     g = scratch.take("narrow", gradient.shape, dtype).copy_(gradient)
                 grad_hidden[part] = (g @ weight).to(grad_hidden.dtype)
                 if grad_head is not None:
-                    if dtype == grad_head.dtype:
-                        grad_head.addmm_(g.T, h)
-                    else:
-                        grad_head += torch.mm(g.T, h, out=scratch.take("head", head.shape, dtype))
+                    _add_product(grad_head, g, h, scratch)
                 if grad_bias is not None:
                     grad_bias += gradient.sum(0)
         for found in (grad_hidden, grad_head, grad_bias):  # [n, d] and [V, d] are small beside [n, V]
@@ -171,6 +170,17 @@ class _FusedHead(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(ctx.dtypes[1]),
             *(None,) * 4,
         )
+
+
+def _add_product(total: Tensor, g: Tensor, h: Tensor, scratch: Scratch) -> None:
+    """total [V, d] += g' h, summed in the precision of `total`; in pieces of the vocabulary, so that no [V, d] is made."""
+    if g.dtype == total.dtype:
+        total.addmm_(g.T, h)
+        return
+    for start in range(0, len(total), HEAD_ROWS):
+        piece = total[start : start + HEAD_ROWS]
+        narrow = torch.mm(g[:, start : start + HEAD_ROWS].T, h, out=scratch.take("head", piece.shape, g.dtype))
+        piece += scratch.take("head", piece.shape, total.dtype).copy_(narrow)
 
 
 def _chunk_gradient(

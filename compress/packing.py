@@ -107,3 +107,15 @@ def window_blocks(ends: npt.NDArray[np.int64], n: int, length: int) -> npt.NDArr
     run_start = np.maximum.accumulate(np.where(fresh, np.arange(n), 0))
     fresh |= (np.arange(n) - run_start) % BLOCK_WINDOWS == 0
     return (np.cumsum(fresh) - 1).astype(np.int32)
+
+
+def spread(part: Part, windows: int) -> npt.NDArray[np.int64]:
+    """About this many windows of a part, ascending: each domain the same number where it has them, evenly spaced."""
+    domains = np.unique(part.domain)
+    per_domain = max(1, windows // len(domains))
+    chosen = []
+    for domain in domains:
+        own = np.flatnonzero(part.domain == domain)
+        picks = np.linspace(0, len(own) - 1, min(per_domain, len(own))).round().astype(np.int64)
+        chosen.append(own[np.unique(picks)])
+    return np.sort(np.concatenate(chosen))

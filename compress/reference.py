@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from edgestill.compress.corpus import Part
 from edgestill.compress.fused_head import CPU_CHUNK_BYTES, row_ranges
 from edgestill.compress.fusion import WeightRule, entropy_of
+from edgestill.compress.packing import spread
 from edgestill.compress.rows import IGNORE, Rows
 from edgestill.compress.targets import Dense, OnlineTarget, TeacherRows
 from edgestill.compress.teachers import Teacher, hidden_states
@@ -28,15 +29,7 @@ from edgestill.runtime.reference import FusedAnswers, Reference
 
 def choose_windows(part: Part, tokens: int) -> npt.NDArray[np.int64]:
     """Held-out windows for about `tokens` tokens: each domain the same number where it has them, evenly spaced."""
-    length = part.token_ids.shape[1]
-    domains = np.unique(part.domain)
-    per_domain = max(1, tokens // length // len(domains))
-    chosen = []
-    for domain in domains:
-        own = np.flatnonzero(part.domain == domain)
-        picks = np.linspace(0, len(own) - 1, min(per_domain, len(own))).round().astype(np.int64)
-        chosen.append(own[np.unique(picks)])
-    return np.sort(np.concatenate(chosen))
+    return spread(part, tokens // part.token_ids.shape[1])
 
 
 @torch.no_grad()

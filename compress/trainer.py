@@ -67,6 +67,7 @@ def train(
     steps = -(-spec.tokens // tokens_per_step)
     if spec.sharding == "full":
         sharding.shard(module, best_device())
+    share_of(spec.batch_size)
     arguments = _arguments(spec, steps, folder, module)
     complete = from_first(lambda: checkpoints.newest(folder))
     log = JsonLog(folder / LOG, module, task, tokens_per_step, names)
@@ -97,7 +98,7 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=share_of(spec.batch_size),
+        per_device_train_batch_size=spec.batch_size,  # of all devices: `split_batches`
         gradient_accumulation_steps=spec.gradient_accumulation,
         learning_rate=spec.learning_rate,
         lr_scheduler_type={"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}[spec.schedule],
@@ -116,6 +117,8 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule)
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        # non_blocking: else each batch waits for all that the GPU still has to do
+        accelerator_config={"split_batches": True, "non_blocking": device.type == "cuda"},
         label_names=["labels"],
         ddp_find_unused_parameters=_routes(module.student),
     )

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from edgestill.compress.alignment import Alignment
 from edgestill.compress.distill import corpus_of
@@ -92,6 +93,24 @@ def with_uneven_mask(part: Part) -> Part:
     windows, length = part.token_ids.shape
     prompts = np.random.default_rng(0).integers(0, length + length // 3, windows)
     return dataclasses.replace(part, loss_mask=(np.arange(length) >= prompts[:, None]).astype(np.uint8))
+
+
+def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference between two states; histograms are left out, a value on an edge may fall to either side."""
+    assert one.keys() == other.keys()
+    names = [name for name in one if not name.startswith("meter.")]
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in names)
+
+
+def numbers(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a row of training.jsonl by path, without those of a clock."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f"{prefix}{name}/")
+        elif name != "tokens_per_s":
+            found[prefix + name] = value
+    return found
 
 
 # several processes --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from edgestill.compress import checkpoints
 from edgestill.compress.distill_module import DistillModule
 from edgestill.compress.training_log import read_log
 
-STEPS, EVERY, DIES_AT = 10, 4, 6
+STEPS, EVERY, DIES_AT = 6, 2, 3
 TRAIN = {"tokens": STEPS * 4 * 2 * 32, "gradient_accumulation": 2, "checkpoint_every_steps": EVERY}
 DROPOUT = {"config": {"attention_dropout": 0.2}}
 """The student draws in every pass, so the random state has to come back too."""

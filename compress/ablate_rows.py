@@ -250,7 +250,8 @@ def _essence(recipe: Recipe) -> str:
         read = {"weights", "mix"}
         read |= {"floor"} if fusion.weights in WEIGHTED else set()
         read |= {"granularity", "ema_decay"} if fusion.weights in ("entropy", "label") else set()
-        read |= {"entropy_temperature", "calibrate"} if fusion.weights == "entropy" else set()
+        read |= {"entropy_temperature"} if fusion.weights == "entropy" else set()
+        read |= {"calibrate", "calibration"} if fusion.weights in ("entropy", "reinforced") else set()
         read |= {"label_temperature"} if fusion.weights == "label" else set()
         read |= {"reinforced"} if fusion.weights == "reinforced" else set()
         words["fusion"] = fusion.model_dump(mode="json", include=read)

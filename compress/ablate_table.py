@@ -19,7 +19,8 @@ from edgestill.compress.ablate_run import MIXED
 from edgestill.compress.ablate_statistics import MARK, Difference, Scores, Spread, difference, perplexity
 from edgestill.runtime.files import write_atomically
 
-WIDTH = 80
+WIDTH, NAME_WIDTH, GAP = 80, 14, 2
+"""Columns of a terminal; of a row's name, at least (it wraps); between two columns."""
 FORMAT = 1
 
 Table = dict[str, Any]
@@ -128,7 +129,7 @@ def _difference(found: Difference) -> dict[str, Any]:
 
 def header(table: Table) -> list[str]:
     """Titles of the columns."""
-    return ["row", *table["domains"], MIXED, "target", "nats above first", "tokens/s"]
+    return ["row", *table["domains"], MIXED, "target", "above first", "tokens/s"]
 
 
 def cells(table: Table) -> list[list[str]]:
@@ -166,7 +167,7 @@ def footnotes(table: Table) -> list[str]:
     notes = [
         f"Perplexity on {table['judged_tokens']:,} {part} tokens, {seeds} seed{'s' if seeds != 1 else ''}, ± its standard error "
         "over seeds; mixed: exp of the mean over domains; target: of the fused teachers themselves, mixed.",
-        f"nats above first: negative log-likelihood per token minus that of {table['compared_with']!r}, mixed, ± standard error "
+        f"above first: nats per token, negative log-likelihood minus that of {table['compared_with']!r}, mixed, ± standard error "
         f"{both}; * beyond {table['mark']:g} standard errors, below 0 is better.",
     ]
     if any(row["target_reads_labels"] for row in table["rows"]):
@@ -183,7 +184,7 @@ def print_table(table: Table, width: int | None = None) -> None:
 
     console = Console(highlight=False)
     console.width = width or max(console.width, WIDTH)
-    drawn = RichTable(box=None, padding=(0, 1), pad_edge=False)
+    drawn = RichTable(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
     shown = _fitting(table, console.width)
     titles = header(table)
     for i in shown:
@@ -196,14 +197,12 @@ def print_table(table: Table, width: int | None = None) -> None:
 
 
 def _fitting(table: Table, width: int) -> list[int]:
-    """Columns that fit beside a name of 20: where domains are many or long, the table leaves them to the files."""
+    """Columns that fit beside a name: domains that are too many or too long are left to the files, all of them."""
     columns = list(zip(header(table), *cells(table), strict=True))
-    widths = [max(map(len, column)) + 2 for column in columns]
-    widths[0] = min(widths[0], 22)
+    widths = [max(map(len, column)) + GAP for column in columns]
     shown = list(range(len(columns)))
-    for i in range(len(table["domains"]), 0, -1):
-        if sum(widths[j] for j in shown) > width:
-            shown.remove(i)
+    if sum(widths[1:]) + min(widths[0], NAME_WIDTH + GAP) > width:
+        del shown[1 : 1 + len(table["domains"])]
     return shown
 
 

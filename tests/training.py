@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,10 +125,9 @@ class Ended:
 
 def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Ended]:
     """Run `work(*arguments)` in `size` processes that are started as torchrun starts them; its int result is the exit code."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # lives here, as torchrun's
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
     return _run(places, folder, work, arguments)
 

@@ -108,14 +108,13 @@ def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[
 
 def _evidence(teachers: list[Teacher], part: Part, windows: npt.NDArray[np.int64]) -> tuple[list[float], Evidence]:
     """The fitted temperatures, and what offsets are fitted on."""
-    temperatures, entropies, answers = [], [], []
+    temperatures, parts = [], []
     for teacher in teachers:
         with QuietProgress().task("", 1) as task:
-            found, entropy, answer = calibrate(teacher, part, windows, batch_size=8, task=task)
+            found, evidence = calibrate(teacher, part, windows, batch_size=8, task=task)
         temperatures.append(found.temperature)
-        entropies.append(entropy)
-        answers.append(answer)
-    return temperatures, Evidence(torch.stack(entropies), torch.stack(answers))
+        parts.append(evidence)
+    return temperatures, Evidence.joined(parts)
 
 
 class Said:

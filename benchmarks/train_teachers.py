@@ -12,8 +12,8 @@ FOLDER of texts holds `wikitext-2/{train,valid,test}.txt` and `books/{train,vali
 
 A byte-level BPE tokenizer of 8,192 tokens is trained on both train files, then two Llamas of different width and depth, each on
 its own train file: batches of 8 x 256 tokens, AdamW, one cosine over as many tokens as the minutes allow on this machine
-(`--tokens` repeats a schedule elsewhere). Checkpoints are bfloat16; training.json beside each says how it was made. Killed and started
-again, it goes on from where it was. The test files are read by nothing but the check that no part overlaps another.
+(`--tokens` repeats a schedule elsewhere). Checkpoints are bfloat16; training.json beside each says how it was made. Killed and
+started again, it goes on from where it was. The test files are read by nothing but the check that no part overlaps another.
 """
 
 from __future__ import annotations

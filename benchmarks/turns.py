@@ -84,11 +84,9 @@ def alternate(commands: Mapping[str, Sequence[str]], *, warm_up: int, rounds: in
     """`rounds` pieces of work of every side, in turn; `warm_up` pieces each before them are not among the answers."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     with ExitStack() as stack:
-        sides = []
-        for name, command in commands.items():
-            side = stack.enter_context(Side(name, command))
-            side.heard()  # one after the other: preparing needs memory and both cores
-            sides.append(side)
+        sides = [stack.enter_context(Side(name, command)) for name, command in commands.items()]
+        for side in sides:
+            side.heard()  # all are ready before the first turn
         for number in range(warm_up + rounds):
             for side in sides:
                 facts = side.turn()

@@ -67,8 +67,9 @@ class Shared:
     given: dict[str, Inputs]
     """By row."""
     calibrations: dict[str, tuple[float, ...]]
+    """By row; like the offsets they come from validation text, so they are the same for every seed."""
     offsets: dict[str, tuple[float, ...]]
-    """By row; they come from validation text, so they are the same for every seed."""
+    """By row."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ def _calibrate(shared: Shared, rows: list[Row]) -> None:
             device=best_device(),
         )
         shared.calibrations[row.name] = tuple(calibrations_of(at))
-        shared.offsets[row.name] = with_offsets(at).offsets
+        unsaid = dataclasses.replace(at, space=Workspace(shared.space.root, QuietProgress()))
+        shared.offsets[row.name] = with_offsets(unsaid).offsets  # a row's own: its JSON has them
 
 
 def _run_of(shared: Shared, row: Row, seed: int) -> Run:

@@ -176,6 +176,7 @@ def train_and_judge(run: Run, progress: Progress) -> dict[str, Any]:
         "recipe_sha256": hashlib.sha256(run.row.loaded.text.encode()).hexdigest(),
         "part": run.part,
         "part_sha256": run.part_sha256,
+        "calibration": {"temperatures": list(run.calibrations), "offsets": list(run.offsets)},
         "training": stage.info,
         "perplexity": means(nll, part, at.domains),
         "windows": _windows(nll, part, at.domains),

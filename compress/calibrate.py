@@ -14,6 +14,7 @@ domain too; an offset does not, since there the comparison is already right.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ OFFSET_PENALTY = 1e-4
 """On (o_k / tau)^2, in nats: a teacher that is never needed stays at a finite distance."""
 SOFTER = (64.0, 16.0, 4.0, 1.0)
 """Temperatures of the fit over that of the rule, one after the other: where weights are sharp and wrong, nothing slopes."""
-GRID = tuple(math.exp(x) for x in np.linspace(math.log(0.5), math.log(3.0), 19))
+GRID = tuple(math.exp(x) for x in np.linspace(math.log(0.5), math.log(3.0), 10))
 MAX_WINDOWS = 128
 
 
@@ -68,6 +69,11 @@ class Evidence:
         """What `save` wrote."""
         return cls(**load_file(folder / EVIDENCE))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Evidence]) -> Evidence:
+        """Of all teachers, from that of each, on the same windows."""
+        return cls(torch.cat([p.entropy for p in parts]), torch.cat([p.label_log_p for p in parts]))
+
 
 def calibration_windows(validation: Part) -> npt.NDArray[np.int64]:
     """At most `MAX_WINDOWS` validation windows, as many of each domain (where it has them), spread evenly."""
@@ -77,11 +83,11 @@ def calibration_windows(validation: Part) -> npt.NDArray[np.int64]:
 @torch.no_grad()
 def calibrate(
     teacher: Teacher, validation: Part, windows: npt.NDArray[np.int64], *, batch_size: int, task: Task
-) -> tuple[Calibration, Tensor, Tensor]:
+) -> tuple[Calibration, Evidence]:
     """Fit one temperature on these windows (int64 [w]); `task` is advanced by one per window.
 
     Returns:
-        The fit, and the teacher's evidence: entropy and label log-probability at temperature 1, float32 [w, T - 1] on the CPU.
+        The fit, and the evidence of this one teacher on these windows.
     """
     device = teacher.head_weight.device
     sums, count = torch.zeros(len(GRID) + 1, dtype=torch.float64), 0
@@ -105,8 +111,8 @@ def calibrate(
     nll = (sums / max(count, 1)).numpy()
     temperature, best = _minimum(np.log(np.array(GRID)), nll[:-1])
     found = Calibration(temperature, float(math.exp(nll[-1])), float(math.exp(best)), count)
-    shape = (len(windows), -1)
-    return found, torch.cat(entropies).view(shape), torch.cat(answers).view(shape)
+    shape = (1, len(windows), -1)
+    return found, Evidence(torch.cat(entropies).view(shape), torch.cat(answers).view(shape))
 
 
 def fit_offsets(rule: WeightRule, evidence: Evidence, part: Part, windows: npt.NDArray[np.int64]) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ from edgestill.compress.teachers import TeacherFacts, fit_together, load_teacher
 from edgestill.profiles.schema import Recipe
 from edgestill.runtime.errors import BadInput
 
-CODE = {"calibrate": 2, "cache": 2}
+CODE = {"calibrate": 3, "cache": 2}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 REPEATS_THAT_PAY = 2.0
 """From this many passes over the same tokens, capturing the teachers once costs less than running them every time."""
@@ -36,8 +36,7 @@ def calibrations_of(at: Setting) -> list[float]:
     """
     if not (_compares_calibrated(at.recipe) or _may_store(at)):
         return [1.0] * len(at.teachers)
-    stage = _calibrated(at)
-    return [float(stage.info[t.name]["temperature"]) for t in at.teachers]
+    return [float(_calibrated(at, facts).info["temperature"]) for facts in at.teachers]
 
 
 def with_offsets(at: Setting) -> Setting:
@@ -46,36 +45,36 @@ def with_offsets(at: Setting) -> Setting:
     if fusion.weights != "entropy" or not fusion.calibrate or fusion.calibration != "offset" or len(at.teachers) < 2:
         return at
     validation = at.corpus.validation
-    evidence = Evidence.load(_calibrated(at).folder)
+    evidence = Evidence.joined([Evidence.load(_calibrated(at, facts).folder) for facts in at.teachers])
     offsets = fit_offsets(at.rule, evidence, validation, calibration_windows(validation))
     words = ", ".join(f"{t.name} {o:+.4f}" for t, o in zip(at.teachers, offsets, strict=True))
     at.progress.say(f"offsets of the normalised entropies: {words}")
     return replace(at, offsets=offsets)
 
 
-def _calibrated(at: Setting) -> Stage:
-    """Each teacher's temperature (in the info) and its evidence on validation windows (`EVIDENCE`)."""
+def _calibrated(at: Setting, facts: TeacherFacts) -> Stage:
+    """A teacher's temperature (in the info) and its evidence on validation windows; shared by all recipes that ask it."""
     batch = at.recipe.train.batch_size
     windows = calibration_windows(at.corpus.validation)
 
     def fit(folder: Path) -> dict[str, Any]:
-        found, entropies, answers = {}, [], []
-        for facts in at.teachers:
-            teacher = load_teacher(facts, at.device)
-            with at.progress.task(f"teacher {facts.name}", len(windows), "windows") as task:
-                result, entropy, answer = calibrate(teacher, at.corpus.validation, windows, batch_size=batch, task=task)
-            at.progress.say(
-                f"teacher {facts.name}: temperature {result.temperature:.3f}, validation perplexity "
-                f"{result.perplexity:.1f} -> {result.calibrated_perplexity:.1f}"
-            )
-            found[facts.name] = asdict(result)
-            entropies.append(entropy)
-            answers.append(answer)
-        Evidence(torch.stack(entropies), torch.stack(answers)).save(folder)
-        return found
+        teacher = load_teacher(facts, at.device)
+        with at.progress.task(f"teacher {facts.name}", len(windows), "windows") as task:
+            result, evidence = calibrate(teacher, at.corpus.validation, windows, batch_size=batch, task=task)
+        at.progress.say(
+            f"teacher {facts.name}: temperature {result.temperature:.3f}, validation perplexity "
+            f"{result.perplexity:.1f} -> {result.calibrated_perplexity:.1f}"
+        )
+        evidence.save(folder)
+        return asdict(result)
 
-    inputs = {"teachers": at.teacher_hashes(), "corpus": at.corpus_key, "code": CODE["calibrate"]}
-    return at.space.stage("calibrate", "calibrate: how sure the teachers are, and of what", inputs, fit)
+    inputs = {
+        "teacher": [facts.weights_sha256, facts.precision],
+        "corpus": at.corpus_key,
+        "code": CODE["calibrate"],
+    }
+    title = f"calibrate: how sure teacher {facts.name} is, and of what"
+    return at.space.stage(f"calibrate-{facts.name}", title, inputs, fit)
 
 
 def compared_at(recipe: Recipe, calibrations: Sequence[float]) -> list[float]:

@@ -125,7 +125,7 @@ def world() -> tuple[int, int]:
 
 def on_this_machine() -> int:
     """Number of the processes that share this machine's memory."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if world()[0] > 1 else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world()[0] > 1 else 1
 
 
 def is_first() -> bool:

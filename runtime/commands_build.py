@@ -81,7 +81,8 @@ def distill(
     \b
     Example:
         edgestill distill quickstart --out build/student
-        torchrun --nproc_per_node 2 --no-python edgestill distill quickstart --out build/student
+        torchrun --nproc_per_node 2 --no-python \\
+            edgestill distill quickstart --out build/student
     """
     progress = Progress()
     try:

@@ -1,7 +1,7 @@
 """Training runs of tiny recipes without the story around them: what `compress.trainer.train` is given, and what it leaves.
 
-    case = prepared(write_recipe(tmp_path, losses={"features": {}}))     # corpus, student and alignment are made
-    module = learn(case, tmp_path / "run")                               # as often as wanted, from the same start
+case = prepared(write_recipe(tmp_path, losses={"features": {}}))     # corpus, student and alignment are made
+module = learn(case, tmp_path / "run")                               # as often as wanted, from the same start
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class Ended:
 
 def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Ended]:
     """Run `work(*arguments)` in `size` processes that are started as torchrun starts them; its int result is the exit code."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # lives here, as torchrun's
+    # torchrun's store lives in the process that starts the others, too
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]

@@ -72,7 +72,8 @@ def test_relations_against_a_dense_reference() -> None:
             for x, y in zip(ours[s], theirs[k][t], strict=True):
                 per_row = dense_kl(x, y, 4)
                 for b, count in ((0, 7), (1, 4)):
-                    expected += weights[k, b] * per_row[b, :count].sum() / 11 / 2 / 3  # rows, pairs, queries/keys/values
+                    # divided by rows, pairs, queries/keys/values
+                    expected += weights[k, b] * per_row[b, :count].sum() / 11 / 2 / 3
     value = module(ours, theirs, weights, mask)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)

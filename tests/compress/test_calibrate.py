@@ -99,11 +99,12 @@ def test_evidence_is_the_teachers_own(tmp_path: Path) -> None:
     text = dataclasses.replace(text, token_ids=text.token_ids % vocabulary)
     windows = np.array([1, 5, 7])
     with QuietProgress().task("", 3) as task:
-        _, entropy, answer = calibrate(teacher, text, windows, batch_size=2, task=task)
+        _, found = calibrate(teacher, text, windows, batch_size=2, task=task)
     ids = torch.from_numpy(text.token_ids[windows].astype(np.int64))
     with torch.no_grad():
         log_p = torch.log_softmax(teacher.model(ids).logits[:, :-1, :vocabulary].double(), -1)
+    entropy, answer = found.entropy[0], found.label_log_p[0]
     torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(answer.double(), log_p.gather(2, ids[:, 1:, None]).squeeze(2), atol=1e-5, rtol=1e-5)
-    Evidence(entropy[None], answer[None]).save(tmp_path)
+    found.save(tmp_path)
     assert torch.equal(Evidence.load(tmp_path).label_log_p[0], answer)

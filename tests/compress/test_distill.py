@@ -103,7 +103,7 @@ def test_other_losses_train_another_student_on_the_same_corpus(place: Path, tmp_
     first = run(recipe(place), tmp_path / "b")
     other = run(recipe(place, features=", features: {ratio: 0.5, fit_tokens: 512}"), tmp_path / "b")
     reused = {stage.name: stage.reused for stage in other.stages}
-    again = {"corpus": True, "calibrate": True, "student": True}
+    again = {"corpus": True, "calibrate-verse": True, "calibrate-prose": True, "student": True}
     assert reused == {**again, "align": False, "train": False, "reference": False}
     assert weights(first.student) != weights(other.student)
     assert (other.student.parent / "distill_state.safetensors").is_file()

@@ -125,7 +125,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guard]:
         monkeypatch.setattr(Tensor, name, noted)
     monkeypatch.setattr(trainer, "collate", guard.resting(trainer.collate))
     items = guard.resting(trainer.OrderedWindows.__getitems__)
-    monkeypatch.setattr(trainer.OrderedWindows, "__getitems__", lambda self, places: items(self, places))
+    monkeypatch.setattr(trainer.OrderedWindows, "__getitems__", items)
     call_at(monkeypatch, lambda: setattr(guard, "watching", True), lambda: setattr(guard, "watching", False))
     with guard:
         yield guard

@@ -21,7 +21,7 @@ from edgestill.profiles.load import load_recipe
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import QuietProgress
 
-ENTROPY = {"weights": "entropy", "calibrate": True}
+ENTROPY = {"weights": "entropy", "calibration": "temperature"}
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def test_one_cache_serves_every_fusion(tmp_path: Path) -> None:
     ):
         again, same, reused = stages(tmp_path, fusion=fusion)
         assert (again, same) == (first, fitted)
-        assert reused == dict.fromkeys(("calibrate", "cache-verse", "cache-prose"), True)
+        assert reused == dict.fromkeys(("calibrate-verse", "calibrate-prose", "cache-verse", "cache-prose"), True)
     manifest = json.loads((first[1] / "cache.json").read_text())
     assert (manifest["calibration"], manifest["mode"], manifest["size"]) == (fitted[1], "top_k", 16)
 
@@ -91,7 +91,7 @@ def test_the_temperature_is_fitted_where_something_can_read_it(tmp_path: Path) -
     ):
         with setting(tmp_path, fusion=fusion, train=train, losses=losses) as at:
             calibrations = calibrations_of(at)
-            assert ("calibrate" in [stage.name for stage in at.space.done]) == fits
+            assert ("calibrate-verse" in [stage.name for stage in at.space.done]) == fits
             assert (calibrations != [1.0, 1.0]) == fits
 
 
@@ -99,7 +99,8 @@ def test_entropies_are_compared_at_the_fitted_temperature_only_where_the_fusion_
     fitted = [1.25, 0.75]
     for fusion, expected in (
         (ENTROPY, fitted),
-        ({"weights": "reinforced"}, fitted),
+        ({"weights": "reinforced", "calibration": "temperature"}, fitted),
+        ({"weights": "entropy"}, [1.0, 1.0]),  # offsets
         ({"weights": "entropy", "calibrate": False}, [1.0, 1.0]),
         ({"weights": "uniform"}, [1.0, 1.0]),
     ):

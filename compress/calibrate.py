@@ -7,8 +7,9 @@ offset        o = argmin over o of -log sum_k w_k p_k(y), with w_k = softmax_k(-
               the target that they make together. It needs each teacher's entropies and the log-probabilities of the true
               tokens, no logits, so the fit costs nothing beside the pass that collects them (`Evidence`).
 
-A teacher that knows one domain is over-confident in the others, where it is not asked. Its temperature pays for that in its own
-domain too; an offset does not, since there the comparison is already right.
+A teacher that knows one domain is over-confident in the others, so its temperature depends on how much of them is in the text: the
+windows are as many of each domain. An offset moves little with that share, since where one teacher is right by far there is
+nothing to gain.
 """
 
 from __future__ import annotations

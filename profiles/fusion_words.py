@@ -61,8 +61,8 @@ class FusionSpec(Words):
     calibrate: bool = True
     """Make the entropies of different teachers comparable, by a fit on validation text."""
     calibration: Literal["offset", "temperature"] = "offset"
-    """offset: what is taken off each teacher's normalised entropy, such that the fused target suits the text best;
-    temperature: the one that suits each teacher alone best, at which its entropy is taken. Where each teacher knows one
-    domain, the second makes a teacher doubt its own domain for its errors in the others."""
+    """offset: taken off each teacher's normalised entropy, such that the fused target suits the text best; temperature: the
+    one that suits each teacher alone best, at which its entropy is taken (better per token, but it follows the share of each
+    domain in the validation text)."""
     reinforced: ReinforcedSpec = ReinforcedSpec()
     """Read when weights is reinforced."""

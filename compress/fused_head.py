@@ -33,8 +33,8 @@ from edgestill.compress.scratch import Scratch, product
 from edgestill.compress.targets import Buckets, Dense, Target, softmax_facts
 from edgestill.profiles.schema import RankingLossSpec
 
-BUFFERS_PER_CHUNK = 7
-"""[rows, V] float32 tensors alive at the peak of one chunk."""
+BUFFERS, BUFFERS_DENSE = 3, 7
+"""[rows, V] float32 tensors alive at the peak of one chunk, without and with a target over the whole vocabulary."""
 DEFAULT_CHUNK_BYTES = 512 << 20
 CPU_CHUNK_BYTES = 32 << 20
 """On a CPU the passes over a chunk are faster while it lies in the last-level cache."""
@@ -71,10 +71,11 @@ class OutputValues:
 
 def row_ranges(rows: Rows, target: Target | None, vocabulary: int, chunk_bytes: int) -> list[slice]:
     """How the rows are cut: within `chunk_bytes`, and on a CPU within its cache."""
-    most = max(1, chunk_bytes // (4 * vocabulary * BUFFERS_PER_CHUNK))
+    a_row = 4 * vocabulary * (BUFFERS_DENSE if target is not None and target.dense else BUFFERS)
+    most = max(1, chunk_bytes // a_row)
     near = most
     if rows.labels.device.type == "cpu":
-        near = min(most, max(FEWEST_ROWS, CPU_CHUNK_BYTES // (4 * vocabulary * BUFFERS_PER_CHUNK)))
+        near = min(most, max(FEWEST_ROWS, CPU_CHUNK_BYTES // a_row))
     if target is not None and not target.cut_anywhere(most):
         return chunks(rows.lengths, near)
     total = sum(rows.lengths)

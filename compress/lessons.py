@@ -16,7 +16,7 @@ from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fusion import WeightRule
 from edgestill.compress.rows import Rows
 from edgestill.compress.stochastic import noisy_features
-from edgestill.compress.targets import CachedAnswers, CachedTarget, OnlineTarget, Target, TeacherRows
+from edgestill.compress.targets import CachedAnswers, CachedTarget, Lookup, OnlineTarget, Target, TeacherRows
 from edgestill.compress.teacher_cache import TeacherCache
 from edgestill.compress.teachers import Teacher
 
@@ -99,6 +99,7 @@ class TeachersRemembered:
     ) -> None:
         self.names, self.caches = tuple(names), list(caches)
         self.rule, self.vocabulary, self.calibrated = rule, vocabulary, calibrated
+        self._lookup = Lookup(vocabulary)
 
     def lesson(
         self,
@@ -118,4 +119,4 @@ class TeachersRemembered:
                 parts = [part.index_select(0, rows.positions) for part in parts]
             ids, log_p, tail, entropy, label = parts
             answers.append(CachedAnswers(ids, log_p, tail, entropy, label, distinct=cache.mode == "top_k"))
-        return Lesson(CachedTarget(answers, self.rule, rows, self.vocabulary))
+        return Lesson(CachedTarget(answers, self.rule, rows, self.vocabulary, self._lookup))

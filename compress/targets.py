@@ -20,6 +20,8 @@ from edgestill.compress.fusion import Evidence, FusionAccumulator, WeightRule
 from edgestill.compress.rows import Rows
 from edgestill.compress.scratch import Scratch, product
 
+LOOKUP_BYTES = 8 << 20
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -47,6 +49,8 @@ class Target(Protocol):
 
     weights: Tensor
     entropies: Tensor
+    dense: bool
+    """Whether chunks are targets over the whole vocabulary."""
 
     def cut_anywhere(self, most: int) -> bool:
         """Whether `chunk` may be asked for any rows; False: for whole sequences only, of which none has more than `most`."""
@@ -83,6 +87,8 @@ def softmax_facts(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
 
 class OnlineTarget:
     """Teachers at work now."""
+
+    dense = True
 
     def __init__(
         self,
@@ -194,50 +200,66 @@ class CachedTarget:
     """Teachers' stored answers, fused on the union of their tokens (methods: a token that teacher k did not store gets an
     equal share of its tail, but never more than its smallest stored probability)."""
 
-    def __init__(self, teachers: Sequence[CachedAnswers], rule: WeightRule, rows: Rows, vocabulary: int) -> None:
+    dense = False
+
+    def __init__(
+        self,
+        teachers: Sequence[CachedAnswers],
+        rule: WeightRule,
+        rows: Rows,
+        vocabulary: int,
+        lookup: Lookup | None = None,
+    ) -> None:
+        """`lookup`: kept from batch to batch, it is not made anew."""
         self.teachers = list(teachers)
-        self.rule = rule
-        self.rows = rows
         self.vocabulary = vocabulary
         self.entropies = torch.stack([t.entropy for t in self.teachers])
-        self.weights = torch.zeros_like(self.entropies)
-        self._lookup = Lookup(vocabulary)
-        self._scores = [
-            rule.score(k, Evidence(t.entropy, t.label_log_p, rows.sequence, rows.domain))
-            for k, t in enumerate(self.teachers)
-        ]
+        self._ids = torch.cat([t.ids for t in self.teachers], dim=1)
+        self._used, log_ps = self._looked_up(lookup or Lookup(vocabulary))
+        fused = FusionAccumulator(rule, len(self.teachers), Scratch(len(self._ids), self._ids.device))
+        for k, (teacher, log_p) in enumerate(zip(self.teachers, log_ps, strict=True)):
+            term = torch.log_softmax(log_p, -1) if rule.geometric else torch.softmax(log_p, -1)
+            evidence = Evidence(teacher.entropy, teacher.label_log_p, rows.sequence, rows.domain)
+            fused.add(term, rule.score(k, evidence))
+        _, self._log_p, self.weights = fused.finish()
 
     def cut_anywhere(self, most: int) -> bool:
         """All that the weights depend on is stored, so they are known."""
         return True
 
     def chunk(self, part: slice, scratch: Scratch | None = None) -> Buckets:
-        """Every stored token of every teacher once; what the others say of it is looked up."""
-        ids = torch.cat([t.ids[part] for t in self.teachers], dim=1)
-        used = (
-            self._lookup.first(ids)
-            if len(self.teachers) > 1 or self._repeats
-            else torch.ones_like(ids, dtype=torch.bool)
-        )
-        tokens = used.sum(1)
-        fused = FusionAccumulator(self.rule, len(self.teachers), Scratch(len(ids), ids.device))
-        for k, teacher in enumerate(self.teachers):
-            stored, tail = teacher.log_p[part], teacher.tail_log_p[part].clamp_min(LOG_TINY)
-            unstored = max(self.vocabulary - stored.shape[1], 1)
-            share = torch.minimum(tail - math.log(unstored), stored.amin(1)).clamp_min(LOG_TINY)
-            log_p = self._lookup.values(teacher.ids[part], stored, ids, share)
-            taken = (tokens - stored.shape[1]).clamp_min(0) / unstored  # of the tail, by the others' tokens
-            rest = tail + torch.log1p(-taken.clamp_max(1 - 1e-6))
-            log_p = torch.cat([log_p.masked_fill(~used, LOG_TINY), rest.unsqueeze(1)], dim=1).clamp_min(LOG_TINY)
-            term = torch.log_softmax(log_p, -1) if self.rule.geometric else torch.softmax(log_p, -1)
-            fused.add(term, self._scores[k][part])
-        _, log_p, self.weights[:, part] = fused.finish()
-        return Buckets(ids, used, log_p)
+        """Every stored token of every teacher once, and the tail."""
+        return Buckets(self._ids[part], self._used[part], self._log_p[part].clone())
 
-    @property
-    def _repeats(self) -> bool:
-        """Whether one teacher may hold a token twice: draws that fell on the same token leave repeats."""
-        return any(not t.distinct for t in self.teachers)
+    def _looked_up(self, lookup: Lookup) -> tuple[Tensor, list[Tensor]]:
+        """Which slots [n, u] are used, and what each teacher says of them and of the tail, log-probabilities [n, u + 1]."""
+        ids = self._ids
+        used = torch.ones_like(ids, dtype=torch.bool)
+        found = [torch.empty(len(ids), ids.shape[1], device=ids.device) for _ in self.teachers]
+        shares = [self._share(t) for t in self.teachers]
+        for part in (slice(start, start + lookup.rows) for start in range(0, len(ids), lookup.rows)):
+            if len(self.teachers) > 1 or not self.teachers[0].distinct:
+                used[part] = lookup.first(ids[part])
+            for said, teacher, share in zip(found, self.teachers, shares, strict=True):
+                said[part] = lookup.values(teacher.ids[part], teacher.log_p[part], ids[part], share[part])
+        tokens = used.sum(1)
+        return used, [
+            torch.cat([said.masked_fill_(~used, LOG_TINY), self._rest(teacher, tokens).unsqueeze(1)], dim=1)
+            for said, teacher in zip(found, self.teachers, strict=True)
+        ]
+
+    def _share(self, teacher: CachedAnswers) -> Tensor:
+        """log-probability [n] of a token that this teacher did not store."""
+        unstored = max(self.vocabulary - teacher.log_p.shape[1], 1)
+        tail = teacher.tail_log_p.clamp_min(LOG_TINY) - math.log(unstored)
+        return torch.minimum(tail, teacher.log_p.amin(1)).clamp_min_(LOG_TINY)
+
+    def _rest(self, teacher: CachedAnswers, tokens: Tensor) -> Tensor:
+        """log of the tail's mass [n] without the others' tokens, of which there are `tokens` with its own."""
+        unstored = max(self.vocabulary - teacher.log_p.shape[1], 1)
+        taken = (tokens - teacher.log_p.shape[1]).clamp_min(0) / unstored
+        rest = teacher.tail_log_p.clamp_min(LOG_TINY) + torch.log1p(-taken.clamp_max(1 - 1e-6))
+        return rest.clamp_min_(LOG_TINY)
 
 
 class Lookup:
@@ -245,6 +267,8 @@ class Lookup:
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
+        self.rows = max(1, LOOKUP_BYTES // (4 * vocabulary))
+        """At most so many rows at a time."""
         self._table: Tensor | None = None
 
     def values(self, keys: Tensor, values: Tensor, asked: Tensor, default: Tensor) -> Tensor:
@@ -266,6 +290,6 @@ class Lookup:
         return found == places
 
     def _ready(self, like: Tensor) -> Tensor:
-        if self._table is None or self._table.shape[0] < like.shape[0]:
-            self._table = torch.full((like.shape[0], self.vocabulary), float("inf"), device=like.device)
+        if self._table is None or self._table.device != like.device:
+            self._table = torch.full((self.rows, self.vocabulary), float("inf"), device=like.device)
         return self._table[: like.shape[0]]

@@ -1,6 +1,7 @@
 """What feature alignment starts from: layer pairs, projections, scales and prototypes, fitted on training tokens.
 
-With x the student's and y the teacher's features of a pair, d_S and d_T wide, the first tokens of each window left out:
+With x the student's and y the teacher's features of a pair, d_S and d_T wide, each token brought to a root mean square of 1, the
+first tokens of each window left out:
 
     pca        z = P (y - E y), P [d_S, d_T] the top eigenvectors of cov(y): fixed          (arXiv 2204.08415 for the idea)
     linear     W = E[y x'] (E[x x'] + ridge I)^-1, the least-squares fit of y from x
@@ -34,6 +35,7 @@ from edgestill.compress.moments import (
     linear_cka,
     low_rank_factors,
     principal_directions,
+    unit_rms,
 )
 from edgestill.compress.prototypes import cluster_directions
 from edgestill.compress.teachers import Teacher, decoder_blocks, hidden_states
@@ -139,7 +141,7 @@ class _Fit:
 
     def _counted(self, taken: dict[int, Tensor]) -> dict[int, Tensor]:
         skip = self.spec.skip_first_tokens
-        return {layer: f[:, skip:].flatten(0, 1).to(self.device) for layer, f in taken.items()}
+        return {layer: unit_rms(f[:, skip:].flatten(0, 1).to(self.device)) for layer, f in taken.items()}
 
     def _moments(self, pairs: list[tuple[int, int]]) -> list[_PairMoments]:
         fitted = self.spec.projection in ("linear", "low_rank")
@@ -217,8 +219,8 @@ class _PairMoments:
             case "none":
                 return (), scale
             case "pca":
-                directions, variances = principal_directions(self.yy.covariance(), width)
-                return (directions, self.yy.mean_left()), float(variances.mean())
+                directions, _ = principal_directions(self.yy.covariance(), width)
+                return (directions, self.yy.mean_left()), 1.0  # brought to a mean square of 1 after it
             case "linear":
                 return (least_squares(self.xx.raw(), self.yx.raw()),), scale
             case "low_rank":

@@ -1,7 +1,8 @@
 """Multi-layer feature alignment with several teachers (arXiv 2412.19449, weighted as the outputs are: arXiv 2507.15198).
 
 For a pair (student layer, teacher layer) of teacher k, with h the student's features, a = W h in the space of comparison and
-y the teacher's features there (the teacher's own; after pca, the student's width), per token:
+y the teacher's features there (the teacher's own; after pca, the student's width), h and y brought to a root mean square of 1
+per token:
 
     mse         |a - y|^2 / E|y|^2                              E over the tokens of the fit: scale-free over layers and teachers
     cosine      1 - cos(a, y)
@@ -25,6 +26,7 @@ from torch.nn import functional
 
 from edgestill.compress.alignment import Alignment, PairFit
 from edgestill.compress.layer_map import layer_pairs, require_origin
+from edgestill.compress.moments import unit_rms
 from edgestill.compress.prototypes import assignment_distance
 from edgestill.compress.stochastic import guided_target
 from edgestill.profiles.schema import FeatureLossSpec
@@ -170,9 +172,9 @@ class _PairMatch(nn.Module):
         self.register_buffer("prototypes", fit.prototypes)
 
     def forward(self, student: Tensor, teacher: Tensor, keep: Tensor) -> Tensor:
-        ours, theirs = self.projection(student).float(), teacher.detach().float()
+        ours, theirs = self.projection(unit_rms(student)).float(), unit_rms(teacher.detach())
         if self.directions is not None and self.mean is not None:
-            theirs = functional.linear(theirs - self.mean, self.directions).float()
+            theirs = unit_rms(functional.linear(theirs - self.mean, self.directions))
         if self.spec.stochastic is not None:
             theirs = guided_target(ours, theirs, keep, self.spec.stochastic.temperature)
         distance = self._distance(ours, theirs)

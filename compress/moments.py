@@ -9,6 +9,15 @@ RIDGE = 1e-6
 """Over the mean of the diagonal: enough to invert the moments of features that are constant or repeat each other."""
 
 
+def unit_rms(features: Tensor) -> Tensor:
+    """Each token of features [..., d] at a root mean square of 1, float32 (float64 stays); a token of zeros stays zero.
+
+    Blocks normalise what they read, so the size of what they leave says nothing, grows with depth, and moves in training.
+    """
+    wide = features if features.dtype == torch.float64 else features.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True).clamp_min(1e-12))
+
+
 class Product:
     """Streamed E[x y'] of two features of the same tokens."""
 

@@ -35,11 +35,22 @@ def module(fits: list[PairFit], width: int = 4, theirs: int = 4, **words: Any) -
 def test_mse_by_hand_and_weighted_by_sequence() -> None:
     ours, a, b = torch.zeros(2, 6, 4), torch.ones(2, 6, 4), 2 * torch.ones(2, 6, 4)
     weights = torch.tensor([[1.0, 0.25], [0.0, 0.75]])
-    both = module([PairFit(1, 1, scale=1.0), PairFit(1, 2, scale=4.0)])
-    # |0 - t|^2 / E t^2 = 1 for both teachers whatever their scale; weights sum to 1 per sequence
+    both = module([PairFit(1, 1), PairFit(1, 2)])
+    # |0 - t|^2 / E t^2 = 1 for both teachers whatever their size; weights sum to 1 per sequence
     assert both({1: ours}, [{1: a}, {2: b}], weights, MASK).item() == pytest.approx(1.0)
     assert both({1: a}, [{1: a}, {2: a}], weights, MASK).item() == 0.0
     assert (both.student_layers(), both.teacher_layers(0), both.teacher_layers(1)) == ([1], [1], [2])
+
+
+def unit(features: Tensor) -> Tensor:
+    """A root mean square of 1 per token, written out."""
+    return features / features.pow(2).mean(-1, keepdim=True).sqrt()
+
+
+def test_the_size_of_features_does_not_matter() -> None:
+    ours, theirs = normal(1, 2, 6, 4), normal(2, 2, 6, 4)
+    one, ones = module([PairFit(0, 0)]), torch.ones(1, 2)
+    torch.testing.assert_close(one({0: ours}, [{0: theirs}], ones, MASK), one({0: 7 * ours}, [{0: 0.01 * theirs}], ones, MASK))
 
 
 def test_only_the_weighted_teacher_pulls() -> None:
@@ -47,7 +58,7 @@ def test_only_the_weighted_teacher_pulls() -> None:
     both = module([PairFit(0, 0), PairFit(0, 0, scale=0.5)])
     assert both({0: ours}, [{0: ours}, {0: theirs}], torch.tensor([[1.0, 1.0], [0.0, 0.0]]), MASK).item() == 0.0
     value = both({0: ours}, [{0: ours}, {0: theirs}], torch.tensor([[0.0, 0.0], [1.0, 1.0]]), MASK)
-    torch.testing.assert_close(value, (ours - theirs).square().mean() / 0.5)
+    torch.testing.assert_close(value, (unit(ours) - unit(theirs)).square().mean() / 0.5)
 
 
 def test_masked_and_first_tokens_neither_count_nor_pull() -> None:
@@ -113,13 +124,15 @@ FITS = {
 def compared(projection: str, ours: Array, theirs: Array) -> tuple[Array, Array]:
     """Both sides in the space of comparison."""
     weights = [w.double().numpy() for w in FITS[projection].weights]
+    ours, theirs = (x / np.sqrt((x**2).mean(-1, keepdims=True)) for x in (ours, theirs))
     match projection:
         case "linear":
             return ours @ weights[0].T, theirs
         case "low_rank":
             return ours @ (weights[0] @ weights[1]).T, theirs
         case "pca":
-            return ours, (theirs - weights[1]) @ weights[0].T
+            turned = (theirs - weights[1]) @ weights[0].T
+            return ours, turned / np.sqrt((turned**2).mean(-1, keepdims=True))
     return ours, theirs
 
 

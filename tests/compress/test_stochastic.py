@@ -102,7 +102,9 @@ def test_loss_is_towards_the_guided_target_only() -> None:
 
     keep = mask.float()
     keep[:, :2] = 0
-    target = guided_target(ours @ weight.T, views, keep, 0.1)
+    views = views / views.square().mean(-1, keepdim=True).sqrt()
+    unit = ours / ours.square().mean(-1, keepdim=True).sqrt()
+    target = guided_target(unit @ weight.T, views, keep, 0.1)
     stochastic = loss(stochastic={"passes": 3})({0: ours}, [{0: views}], ones, mask)
     plain = loss()({0: ours}, [{0: target}], ones, mask)
     torch.testing.assert_close(stochastic, plain)

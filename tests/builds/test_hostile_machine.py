@@ -34,7 +34,16 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 TOO_LARGE = "the file would be larger than this process may write; raise the limit (ulimit -f) or write elsewhere"
 LATER = {
-    "corpus": ("corpus", "calibrate-verse", "calibrate-prose", "student", "train", "reference", "onnx", "quantize-device"),
+    "corpus": (
+        "corpus",
+        "calibrate-verse",
+        "calibrate-prose",
+        "student",
+        "train",
+        "reference",
+        "onnx",
+        "quantize-device",
+    ),
     "train": ("train", "reference", "onnx", "quantize-device"),
     "onnx": ("onnx", "quantize-device"),
     "quantize-device": ("quantize-device",),

@@ -50,7 +50,9 @@ def unit(features: Tensor) -> Tensor:
 def test_the_size_of_features_does_not_matter() -> None:
     ours, theirs = normal(1, 2, 6, 4), normal(2, 2, 6, 4)
     one, ones = module([PairFit(0, 0)]), torch.ones(1, 2)
-    torch.testing.assert_close(one({0: ours}, [{0: theirs}], ones, MASK), one({0: 7 * ours}, [{0: 0.01 * theirs}], ones, MASK))
+    torch.testing.assert_close(
+        one({0: ours}, [{0: theirs}], ones, MASK), one({0: 7 * ours}, [{0: 0.01 * theirs}], ones, MASK)
+    )
 
 
 def test_only_the_weighted_teacher_pulls() -> None:

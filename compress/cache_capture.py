@@ -20,7 +20,7 @@ import torch
 from edgestill.compress.cache_answers import ARRAYS, Mode, packed, sampled_answers, top_answers, uniforms
 from edgestill.compress.cache_shards import ShardWriter, holds, shard_path
 from edgestill.compress.corpus import Part
-from edgestill.compress.processes import wait_for_all, world
+from edgestill.compress.processes import is_first, wait_for_all, world
 from edgestill.compress.teacher_cache import LAYOUT, MANIFEST
 from edgestill.compress.teachers import Teacher
 from edgestill.runtime.errors import BadInput
@@ -87,10 +87,26 @@ def capture(
     }
     out.mkdir(parents=True, exist_ok=True)
     pieces = np.split(windows, range(per_shard, len(windows), per_shard))
+    _write_own(teacher, part, pieces, out, head, progress)
+    wait_for_all()
+    if is_first():
+        _finish(out, {**head, "windows": len(windows)}, len(pieces))
+    wait_for_all()
+
+
+def _write_own(
+    teacher: Teacher,
+    part: Part,
+    pieces: list[npt.NDArray[np.int64]],
+    out: Path,
+    head: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """The shards of this process that are not there yet."""
     ranks, rank = world()
     own = {i: piece for i, piece in enumerate(pieces) if i % ranks == rank}
     total = sum(map(len, own.values()))
-    with progress.task(f"answers of {facts.name}", total, "windows") as task, ShardWriter() as writer:
+    with progress.task(f"answers of {head['teacher']}", total, "windows") as task, ShardWriter() as writer:
         missing = {i: piece for i, piece in own.items() if not holds(shard_path(out, i), head, piece)}
         if missing:
             (out / MANIFEST).unlink(missing_ok=True)
@@ -99,10 +115,6 @@ def capture(
         for i, piece in missing.items():
             arrays = _answer_windows(teacher, part, piece, head, task)
             writer.write(shard_path(out, i), {"windows": piece, **arrays}, head)
-    wait_for_all()
-    if rank == 0:
-        _finish(out, {**head, "windows": len(windows)}, len(pieces))
-    wait_for_all()
 
 
 def _finish(out: Path, head: dict[str, Any], n_shards: int) -> None:

@@ -302,7 +302,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     )
     assert message(tmp_path / "work.yaml", b"format: 1\n") == (
         "DIR/work.yaml: the file's name 'work' becomes a folder's name; "
-        "rename it with letters, digits, '_', '.' and '-' (not work or build.json or student)"
+        "rename it with letters, digits, '_', '.' and '-' (not work or build.json or student or ablate)"
     )
 
 

@@ -131,7 +131,12 @@ def test_a_full_disk_and_a_read_only_one(tmp_path: Path) -> None:
     )
     assert full.count("edgestill: ") == 1
     finished = [name for name in first["names"] if not name.endswith(".partial")]
-    assert [name.rpartition("-")[0] for name in finished] == ["work/calibrate-prose", "work/calibrate-verse", "work/corpus", "work/student"]
+    assert [name.rpartition("-")[0] for name in finished] == [
+        "work/calibrate-prose",
+        "work/calibrate-verse",
+        "work/corpus",
+        "work/student",
+    ]
     assert second["code"] == 0
     assert set(second["names"]) > set(finished)
     assert enough.count(": done before, unchanged\n") == len(finished)

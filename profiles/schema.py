@@ -134,6 +134,8 @@ class Recipe(Words):
             raise ValueError("losses.ranking ranks against the fused target; raise losses.output.weight above 0")
         if self.train.on_policy is not None and self.losses.output.weight == 0:
             raise ValueError("train.on_policy is scored by the fused target; raise losses.output.weight above 0")
+        if self.train.cache_mode == "sampling":
+            self._draws_stay_unbiased()
         if self.fusion.weights == "routed":
             unplaced = [t.name for t in self.teachers if not t.domains]
             if unplaced:
@@ -141,6 +143,21 @@ class Recipe(Words):
                     f"fusion.weights: routed, but teacher {unplaced[0]!r} names no domains; add domains: [...]"
                 )
         return self
+
+    def _draws_stay_unbiased(self) -> None:
+        """The mean over draws of a loss is the loss of the mean only where the loss is linear in the target."""
+        output = self.losses.output
+        wrong = {
+            f"losses.output.divergence: {output.divergence}": output.divergence != "forward_kl",
+            f"losses.output.temperature: {output.temperature}": output.temperature != 1,
+            "fusion.mix: geometric": self.fusion.mix == "geometric",
+        }
+        for words, found in wrong.items():
+            if found:
+                raise ValueError(
+                    f"train.cache_mode: sampling is unbiased for forward_kl at temperature 1 and an arithmetic mix only, not for "
+                    f"{words}; use cache_mode: top_k"
+                )
 
 
 # --------------------------------------------------------------------------------------------------------- profile

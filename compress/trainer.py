@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import GradientState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -72,6 +73,7 @@ def train(
     complete = from_first(lambda: checkpoints.newest(folder))
     log = JsonLog(folder / LOG, module, task, tokens_per_step, names)
     on_policy = OnPolicy(spec.on_policy, spec.seed) if spec.on_policy is not None else None
+    GradientState._reset_state()  # a training that ended by an exception leaves its data loader in accelerate's global state
     trainer = DistillTrainer(
         model=module, args=arguments, train_dataset=data, data_collator=collate, callbacks=[log], on_policy=on_policy
     )

@@ -31,11 +31,11 @@ from edgestill.compress.ranking import ranking_loss
 from edgestill.compress.rows import Rows, chunks
 from edgestill.compress.scratch import Scratch, product
 from edgestill.compress.targets import Buckets, Dense, Target, softmax_facts
-from edgestill.profiles.schema import RankingLossSpec
+from edgestill.profiles.schema import OutputLossSpec, RankingLossSpec
 
 BUFFERS, BUFFERS_DENSE = 3, 7
 """[rows, V] float32 tensors alive at the peak of one chunk, without and with a target over the whole vocabulary."""
-DEFAULT_CHUNK_BYTES = 512 << 20
+DEFAULT_CHUNK_BYTES = OutputLossSpec().chunk_mib << 20
 CPU_CHUNK_BYTES = 32 << 20
 """On a CPU the passes over a chunk are faster while it lies in the last-level cache."""
 HEAD_ROWS = 4096

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from edgestill.compress.corpus import Part
-from edgestill.compress.fused_head import CPU_CHUNK_BYTES, row_ranges
+from edgestill.compress.fused_head import DEFAULT_CHUNK_BYTES, row_ranges
 from edgestill.compress.fusion import WeightRule, entropy_of
 from edgestill.compress.packing import spread
 from edgestill.compress.rows import IGNORE, Rows
@@ -123,7 +123,7 @@ def _answers(
     """All answers on the n rows of the windows; every array has n rows (`teachers` columns)."""
     target = OnlineTarget(theirs, rule, rows) if rule is not None and theirs else None
     out: dict[str, list[Tensor]] = {}
-    for part in row_ranges(rows, target, ours.head.shape[0], CPU_CHUNK_BYTES):
+    for part in row_ranges(rows, target, ours.head.shape[0], DEFAULT_CHUNK_BYTES):
         want = rows.labels[part].unsqueeze(1)
         found = {"student": torch.log_softmax(ours.logits(part), -1).gather(1, want).squeeze(1)}
         if target is not None:

@@ -42,8 +42,8 @@ class OutputLossSpec(Words):
     """Read when divergence is taid."""
     weight: NotNegative = 1.0
     """0 trains without teachers' outputs (with cross_entropy: 1 that is the plain baseline)."""
-    chunk_mib: Count = 32
-    """Memory for the logits and their gradients at a time; smaller chunks are slower, not different."""
+    chunk_mib: Count = 512
+    """Memory for the logits, their gradients and the target at a time; smaller chunks are slower, not different."""
 
 
 class RankingLossSpec(Words):

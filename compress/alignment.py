@@ -1,7 +1,7 @@
 """The result of the fit: what each pair of layers starts from, kept as one safetensors file and one JSON file.
 
 alignment.safetensors   float32: `<teacher>.<pair>.weight.<i>` and `<teacher>.<pair>.prototypes`
-alignment.json          pairs, scales, number of weights, sha256 of the other file; written last, so it vouches for both
+alignment.json          pairs, number of weights, sha256 of the other file; written last, so it vouches for both
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgestill.runtime.errors import BadInput
 from edgestill.runtime.files import write_atomically
 
 TENSORS, WORDS = "alignment.safetensors", "alignment.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,8 @@ class PairFit:
     student_layer: int
     teacher_layer: int
     weights: tuple[Tensor, ...] = ()
-    """float32. linear: W [d_T, d_S]; low_rank: A [d_T, r], B [r, d_S]; pca: P [d_S, d_T], the mean [d_T]; none: empty.
+    """float32. linear: W [d_T, d_S]; low_rank: E [d_T, r], R [r, d_S]; pca: P [d_S, d_T], the mean [d_T]; none: empty.
     Empty for linear or low_rank: no fit, the projection starts at random."""
-    scale: float = 1.0
-    """Mean square of an element of the target (after pca), which `mse` is divided by."""
     prototypes: Tensor | None = None
     """float32 [M, d], rows of length 1, in the space of comparison: the teacher's, or the student's width after pca."""
 
@@ -102,7 +100,6 @@ def _words(fit: PairFit) -> dict[str, Any]:
         "student_layer": fit.student_layer,
         "teacher_layer": fit.teacher_layer,
         "weights": len(fit.weights),
-        "scale": fit.scale,
     }
 
 
@@ -111,6 +108,5 @@ def _fit(words: dict[str, Any], named: dict[str, Tensor], prefix: str) -> PairFi
         words["student_layer"],
         words["teacher_layer"],
         tuple(named[f"{prefix}.weight.{n}"] for n in range(words["weights"])),
-        words["scale"],
         named.get(f"{prefix}.prototypes"),
     )

@@ -31,7 +31,7 @@ from edgestill.compress.training_log import LOG
 from edgestill.compress.windows import OrderedWindows
 from edgestill.runtime.files import write_atomically
 
-CODE = {"student": 1, "align": 2, "train": 2}
+CODE = {"student": 1, "align": 3, "train": 2}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 VALIDATION_TOKENS = 16384
 STATE = "distill_state.safetensors"

@@ -1,11 +1,11 @@
-"""What feature alignment starts from: layer pairs, projections, scales and prototypes, fitted on training tokens.
+"""What feature alignment starts from: layer pairs, projections and prototypes, fitted on training tokens.
 
 With x the student's and y the teacher's features of a pair, d_S and d_T wide, each token brought to a root mean square of 1, the
 first tokens of each window left out:
 
     pca        z = P (y - E y), P [d_S, d_T] the top eigenvectors of cov(y): fixed          (arXiv 2204.08415 for the idea)
     linear     W = E[y x'] (E[x x'] + ridge I)^-1, the least-squares fit of y from x
-    low_rank   A B = U U' W, U the top eigenvectors of W E[x x'] W': the best fit of that rank, in two balanced factors
+    low_rank   E R nearest to that W on the student's features: the best fit of its rank, in two balanced factors
     cka        ||cov(x, y)||^2 / (||cov(x)|| ||cov(y)||) in Frobenius norms, for each student layer and each teacher layer
 
 Teachers are loaded one after the other, and moments are summed batch by batch in float64: no feature outlives its batch but a
@@ -29,7 +29,6 @@ from edgestill.compress.alignment import Alignment, PairFit
 from edgestill.compress.features import check_tokens
 from edgestill.compress.layer_map import layer_pairs, most_similar_in_order, require_origin
 from edgestill.compress.moments import (
-    MeanSquare,
     Product,
     least_squares,
     linear_cka,
@@ -125,8 +124,7 @@ class _Fit:
         solvers = self._moments(pairs)
         fits = []
         for (s, t), solver in zip(pairs, solvers, strict=True):
-            weights, scale = solver.solve(self.width)
-            fits.append(PairFit(s, t, tuple(w.float().cpu() for w in weights), scale, None))
+            fits.append(PairFit(s, t, tuple(w.float().cpu() for w in solver.solve(self.width))))
         return fits if self.spec.prototypes is None else self._with_prototypes(fits, self.spec.prototypes.count)
 
     def _batches(
@@ -202,27 +200,24 @@ class _PairMoments:
     def __init__(self, spec: FeatureLossSpec) -> None:
         self.spec = spec
         self.xx, self.yx, self.yy = Product(), Product(), Product()
-        self.power = MeanSquare()
 
     def add(self, x: Tensor | None, y: Tensor) -> None:
-        self.power.add(y)
         if x is not None:
             self.xx.add(x, x)
             self.yx.add(y, x)
         if self.spec.projection == "pca":
             self.yy.add(y, y)
 
-    def solve(self, width: int) -> tuple[tuple[Tensor, ...], float]:
-        """The projection's weights as `PairFit` keeps them, and the mean square of an element of the target."""
-        scale = self.power.value()
+    def solve(self, width: int) -> tuple[Tensor, ...]:
+        """The projection's weights as `PairFit` keeps them."""
         match self.spec.projection:
             case "none":
-                return (), scale
+                return ()
             case "pca":
                 directions, _ = principal_directions(self.yy.covariance(), width)
-                return (directions, self.yy.mean_left()), 1.0  # brought to a mean square of 1 after it
+                return directions, self.yy.mean_left()
             case "linear":
-                return (least_squares(self.xx.raw(), self.yx.raw()),), scale
+                return (least_squares(self.xx.raw(), self.yx.raw()),)
             case "low_rank":
                 fit = least_squares(self.xx.raw(), self.yx.raw())
-                return low_rank_factors(fit, self.xx.raw(), self.spec.rank), scale
+                return low_rank_factors(fit, self.xx.raw(), self.spec.rank)

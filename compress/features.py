@@ -4,7 +4,7 @@ For a pair (student layer, teacher layer) of teacher k, with h the student's fea
 y the teacher's features there (the teacher's own; after pca, the student's width), h and y brought to a root mean square of 1
 per token:
 
-    mse         |a - y|^2 / E|y|^2                              E over the tokens of the fit: scale-free over layers and teachers
+    mse         mean_d (a - y)^2                                y has a mean square of 1: scale-free over layers and teachers
     cosine      1 - cos(a, y)
     l1_logcos   mean_d |a - y| - log sigmoid(cos(a, y))         Lillama (arXiv 2412.16719)
 
@@ -153,7 +153,7 @@ class FeatureLoss(nn.Module):
 
 
 class _PairMatch(nn.Module):
-    """Projection, scale and prototypes of one pair; call for the distance of each token, float32 [B, T]."""
+    """Projection and prototypes of one pair; call for the distance of each token, float32 [B, T]."""
 
     def __init__(
         self, spec: FeatureLossSpec, fit: PairFit, student_width: int, teacher_width: int, generator: torch.Generator
@@ -161,8 +161,6 @@ class _PairMatch(nn.Module):
         super().__init__()
         self.spec = spec
         self.projection = _projection(spec, fit, student_width, teacher_width, generator)
-        self.scale: Tensor
-        self.register_buffer("scale", torch.tensor(max(fit.scale, 1e-12)))
         self.directions: Tensor | None
         self.mean: Tensor | None
         directions, mean = fit.weights if spec.projection == "pca" else (None, None)
@@ -185,7 +183,7 @@ class _PairMatch(nn.Module):
 
     def _distance(self, ours: Tensor, theirs: Tensor) -> Tensor:
         if self.spec.loss == "mse":
-            return (ours - theirs).square().mean(-1) / self.scale
+            return (ours - theirs).square().mean(-1)
         cosine = functional.cosine_similarity(ours, theirs, dim=-1)
         if self.spec.loss == "cosine":
             return 1 - cosine
@@ -198,7 +196,7 @@ def _projection(spec: FeatureLossSpec, fit: PairFit, ours: int, theirs: int, gen
         return nn.Identity()
     widths = [ours, theirs] if spec.projection == "linear" else [ours, spec.rank, theirs]
     layers = [nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(widths)]
-    fitted = list(reversed(fit.weights))  # A B h: the right factor comes first
+    fitted = list(reversed(fit.weights))  # E R h: the right factor comes first
     with torch.no_grad():
         for n, layer in enumerate(layers):
             if fitted:

@@ -2,9 +2,8 @@
 
     y = W x + b   ->   y = E (R x) + b          R [rank, in], E [out, rank]
 
-With C the mean of x x' over a layer's inputs (plus a ridge of 1e-6 of its mean eigenvalue, for inputs that lie in a plane),
-C = L L' and the singular values s of W L, the best R and E of a rank r leave E|W x - E R x|^2 = sum of s_i^2 beyond r. A layer
-that would not become smaller stays as it is, and so do the experts of a mixture, which see other tokens than they used to.
+R and E are the best of their rank for the layer's inputs (moments.low_rank_factors). A layer that would not become smaller stays
+as it is, and so do the experts of a mixture, which see other tokens than they used to.
 
 config.json names the ranks under `edgestill_low_rank`, and `load_student` rebuilds the layers. R is stored under the name of the
 weight that it replaces, in another shape: transformers alone stops with a size mismatch and never runs on random weights.
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from edgestill.compress.moments import RIDGE
+from edgestill.compress.moments import low_rank_factors
 from edgestill.compress.teachers import decoder_blocks
 from edgestill.profiles.schema import LowRankSpec
 from edgestill.runtime.errors import BadInput
@@ -132,36 +131,11 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def decompose(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """R [rank, in] and E [out, rank] in float64.
-
-    With U S V' = W L the best product is U_r U_r' W: its two factors are scaled to rows and columns of equal length.
-
-    Args:
-        weight: [out, in].
-        moment: C, float64 [in, in], symmetric.
-    """
-    lower = torch.linalg.cholesky(with_ridge(moment))
-    kept = torch.linalg.svd(weight.double() @ lower, full_matrices=False).U[:, :rank]
-    reduce = kept.T @ weight.double()
-    root = reduce.norm(dim=1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return reduce / root, kept * root.T
-
-
-def with_ridge(moment: Tensor) -> Tensor:
-    """C + RIDGE tr(C) / d I; the identity for inputs that are always zero."""
-    size = len(moment)
-    eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
-    mean = moment.diagonal().mean()
-    return torch.where(mean > 0, moment + RIDGE * mean * eye, eye)
-
-
-@torch.no_grad()
 def low_rank_of(layer: nn.Linear, moment: Tensor, rank: int) -> LowRankLinear:
     """The layer's best approximation of `rank` for inputs of that moment, in its precision and on its device."""
     low = LowRankLinear(layer.in_features, layer.out_features, rank, layer.bias is not None)
     low = low.to(layer.weight.device, layer.weight.dtype)
-    reduce, expand = decompose(layer.weight, moment, rank)
+    expand, reduce = low_rank_factors(layer.weight, moment, rank)
     low.weight.copy_(reduce)
     low.expand.weight.copy_(expand)
     if layer.bias is not None:

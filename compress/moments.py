@@ -57,25 +57,6 @@ class Product:
         return product / self.count - torch.outer(left / self.count, right / self.count)
 
 
-class MeanSquare:
-    """Streamed mean square of an element."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._sum: Tensor | None = None
-
-    def add(self, y: Tensor) -> None:
-        """A batch of any shape."""
-        squares = y.double().square().sum()
-        self._sum = squares if self._sum is None else self._sum + squares
-        self.count += y.numel()
-
-    def value(self) -> float:
-        if self._sum is None:
-            raise ValueError("nothing was added")
-        return float(self._sum) / self.count
-
-
 def principal_directions(covariance: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The `width` directions of largest variance, rows [width, d], and their variances, descending.
 
@@ -87,23 +68,33 @@ def principal_directions(covariance: Tensor, width: int) -> tuple[Tensor, Tensor
     return rows * largest.sign(), variances
 
 
+def with_ridge(moment: Tensor) -> Tensor:
+    """C + RIDGE tr(C) / d I of C = E[x x'] [d, d]; the identity for features that are always zero."""
+    size = len(moment)
+    eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
+    mean = moment.diagonal().mean()
+    return torch.where(mean > 0, moment + RIDGE * mean * eye, eye)
+
+
 def least_squares(xx: Tensor, yx: Tensor) -> Tensor:
     """W [d_y, d_x] with the least E|W x - y|^2, from E[x x'] [d_x, d_x] and E[y x'] [d_y, d_x]; a small ridge (`RIDGE`)."""
-    ridge = RIDGE * xx.diagonal().mean().clamp_min(torch.finfo(xx.dtype).tiny)
-    lower = torch.linalg.cholesky(xx + ridge * torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device))
-    return torch.cholesky_solve(yx.T, lower).T
+    return torch.cholesky_solve(yx.T, torch.linalg.cholesky(with_ridge(xx))).T
 
 
+@torch.no_grad()
 def low_rank_factors(weight: Tensor, xx: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [d_y, rank] and B [rank, d_x] of equal norms, A B nearest to `weight` [d_y, d_x] on inputs with E[x x'] = `xx`.
+    """E [d_y, rank] and R [rank, d_x], float64: E R is nearest to `weight` [d_y, d_x] on inputs x with E[x x'] = `xx` (float64).
 
-    The plain decomposition of the weight would spend its rank on inputs that never occur.
+    With C = L L' the moment and U S V' = W L, the best product is U_r U_r' W, and E|W x - E R x|^2 is the sum of s_i^2 beyond
+    r; each row of R and its column of E are scaled to the same length. The plain decomposition of the weight would spend its
+    rank on inputs that never occur.
     """
-    _, vectors = torch.linalg.eigh(weight @ xx @ weight.T)
-    kept = vectors[:, -rank:]
-    left, values, right = torch.linalg.svd(kept @ (kept.T @ weight), full_matrices=False)
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, root.unsqueeze(1) * right[:rank]
+    wide = weight.double()
+    variances, directions = torch.linalg.eigh(xx)  # Cholesky's L needs a ridge where inputs lie in a plane
+    kept = torch.linalg.svd(wide @ (directions * variances.clamp_min(0).sqrt()), full_matrices=False).U[:, :rank]
+    reduce = kept.T @ wide
+    root = reduce.norm(dim=1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return kept * root.T, reduce / root
 
 
 def linear_cka(xx: Product, yy: Product, xy: Product) -> float:

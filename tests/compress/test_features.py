@@ -57,10 +57,10 @@ def test_the_size_of_features_does_not_matter() -> None:
 
 def test_only_the_weighted_teacher_pulls() -> None:
     ours, theirs = normal(1, 2, 6, 4), normal(2, 2, 6, 4)
-    both = module([PairFit(0, 0), PairFit(0, 0, scale=0.5)])
+    both = module([PairFit(0, 0), PairFit(0, 0)])
     assert both({0: ours}, [{0: ours}, {0: theirs}], torch.tensor([[1.0, 1.0], [0.0, 0.0]]), MASK).item() == 0.0
     value = both({0: ours}, [{0: ours}, {0: theirs}], torch.tensor([[0.0, 0.0], [1.0, 1.0]]), MASK)
-    torch.testing.assert_close(value, (unit(ours) - unit(theirs)).square().mean() / 0.5)
+    torch.testing.assert_close(value, (unit(ours) - unit(theirs)).square().mean())
 
 
 def test_masked_and_first_tokens_neither_count_nor_pull() -> None:
@@ -110,16 +110,16 @@ def cosine(a: Array, b: Array) -> Array:
     return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
 
-DISTANCES: dict[str, Callable[[Array, Array, float], Array]] = {
-    "mse": lambda a, y, scale: ((a - y) ** 2).mean(-1) / scale,
-    "cosine": lambda a, y, scale: 1 - cosine(a, y),
-    "l1_logcos": lambda a, y, scale: np.abs(a - y).mean(-1) + np.log1p(np.exp(-cosine(a, y))),
+DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
+    "mse": lambda a, y: ((a - y) ** 2).mean(-1),
+    "cosine": lambda a, y: 1 - cosine(a, y),
+    "l1_logcos": lambda a, y: np.abs(a - y).mean(-1) + np.log1p(np.exp(-cosine(a, y))),
 }
 FITS = {
-    "none": PairFit(0, 0, scale=1.3),
-    "linear": PairFit(0, 0, (normal(10, 7, 4),), 1.3),
-    "low_rank": PairFit(0, 0, (normal(11, 7, 2), normal(12, 2, 4)), 1.3),
-    "pca": PairFit(0, 0, (normal(13, 4, 7), normal(14, 7)), 1.3),
+    "none": PairFit(0, 0),
+    "linear": PairFit(0, 0, (normal(10, 7, 4),)),
+    "low_rank": PairFit(0, 0, (normal(11, 7, 2), normal(12, 2, 4))),
+    "pca": PairFit(0, 0, (normal(13, 4, 7), normal(14, 7))),
 }
 
 
@@ -152,7 +152,7 @@ def test_value_and_gradient_against_float64(projection: str, kind: str) -> None:
     def reference(x: Array) -> float:
         a, y = compared(projection, x, teacher.double().numpy())
         share = weights.double().numpy()[0][:, None] * mask.numpy() / mask.sum().item()
-        return float((DISTANCES[kind](a, y, 1.3) * share).sum())
+        return float((DISTANCES[kind](a, y) * share).sum())
 
     at = student.detach().double().numpy()
     assert value.item() == pytest.approx(reference(at), rel=1e-5)
@@ -217,7 +217,7 @@ def _is_bool(argument: Any) -> bool:
 
 
 def test_nothing_is_read_back() -> None:
-    fit = PairFit(0, 0, FITS["pca"].weights, 1.0, torch.nn.functional.normalize(normal(5, 8, 4), dim=-1))
+    fit = PairFit(0, 0, FITS["pca"].weights, torch.nn.functional.normalize(normal(5, 8, 4), dim=-1))
     loss = module(
         [fit], theirs=7, projection="pca", loss="l1_logcos", stochastic={"passes": 3}, prototypes={"count": 8}
     )

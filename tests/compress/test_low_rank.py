@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgestill.compress.importance import Calibration, input_moments
 from edgestill.compress.local_distillation import Features, local_loss, make_low_rank, run_beside
-from edgestill.compress.low_rank import LowRankLinear, choose_ranks, decompose, load_student, low_rank_of, with_ridge
+from edgestill.compress.low_rank import LowRankLinear, choose_ranks, load_student, low_rank_of
+from edgestill.compress.moments import low_rank_factors, with_ridge
 from edgestill.export.model_facts import size_of_config
 from edgestill.profiles.schema import LowRankSpec
 from edgestill.runtime.errors import BadInput
@@ -55,7 +56,7 @@ def test_the_error_is_the_tail_of_the_whitened_singular_values(outputs: int) -> 
     moment = x.T @ x / len(x)
     tail = torch.linalg.svdvals(weight @ torch.linalg.cholesky(moment)).square()
     for rank in (1, 3, 6):
-        reduce, expand = decompose(weight, moment, rank)
+        expand, reduce = low_rank_factors(weight, moment, rank)
         assert (reduce.shape, expand.shape) == ((rank, 12), (outputs, rank))
         error = (x @ (weight - expand @ reduce).T).square().sum(1).mean()
         assert error.item() == pytest.approx(tail[rank:].sum().item(), rel=1e-4)

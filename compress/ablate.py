@@ -45,7 +45,7 @@ from edgestill.compress.distill import corpus_of
 from edgestill.compress.distill_teachers import calibrations_of, with_offsets
 from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.setting import Setting
-from edgestill.compress.stages import Keys, Workspace
+from edgestill.compress.stages import Workspace
 from edgestill.compress.teachers import best_device, check_same_tokenizer, fit_together, load_teacher
 from edgestill.profiles.load import load_recipe
 from edgestill.runtime.errors import BadInput
@@ -223,7 +223,7 @@ def _run_of(shared: Shared, row: Row, seed: int) -> Run:
         part=shared.part,
         part_sha256=shared.part_sha256,
     )
-    return run.with_caches(Keys(shared.space.root, QuietProgress()))
+    return run.with_caches(Workspace(shared.space.root, QuietProgress(), asking=True))
 
 
 def _failure(run: Run, error: str, trace: str | None) -> str:

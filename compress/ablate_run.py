@@ -26,7 +26,7 @@ from edgestill.compress.corpus import Part, open_corpus
 from edgestill.compress.distill_student import aligned_of, made_of, student_of
 from edgestill.compress.distill_teachers import caches_of, compared_at
 from edgestill.compress.setting import Setting
-from edgestill.compress.stages import Keys, Stage, Workspace, stage_key
+from edgestill.compress.stages import Stage, Workspace, stage_key
 from edgestill.compress.teachers import TeacherFacts, best_device
 from edgestill.profiles.load import LoadedRecipe
 from edgestill.runtime.device import environment
@@ -119,7 +119,7 @@ class Run:
         return stage_key("target", inputs)
 
     def with_caches(self, space: Workspace) -> Run:
-        """The same run with its caches as they are in `space`: made when it is a Workspace, only named when it is Keys."""
+        """The same run with its caches as they are in `space`: made when it is a Workspace, only named when it is asking."""
         caches = caches_of(self.setting(space), list(self.calibrations))
         return dataclasses.replace(self, caches=None if caches is None else tuple(caches))
 
@@ -143,7 +143,7 @@ class Run:
         return student_of(at, *self._answers())
 
     def _asking(self) -> Setting:
-        return self.setting(Keys(self.root, QuietProgress()))
+        return self.setting(Workspace(self.root, QuietProgress(), asking=True))
 
     def _answers(self) -> tuple[list[float], list[Path] | None]:
         return list(self.calibrations), None if self.caches is None else list(self.caches)

@@ -5,7 +5,7 @@ temperature   T_k = argmin over T of the mean negative log-likelihood of the tru
               the teachers' own distributions. A geometric grid of temperatures in one pass, refined by a parabola in log T.
 offset        o = argmin over o of -log sum_k w_k p_k(y), with w_k = softmax_k(-(H_k / log V - o_k) / tau): the likelihood of
               the target that they make together. It needs each teacher's entropies and the log-probabilities of the true
-              tokens, no logits, so the fit costs nothing beside the pass that collects them (`Evidence`).
+              tokens, no logits, so the fit costs nothing beside the pass that collects them (`CalibrationAnswers`).
 
 A teacher that knows one domain is over-confident in the others, so its temperature depends on how much of them is in the text: the
 windows are as many of each domain. An offset moves little with that share, since where one teacher is right by far there is
@@ -55,7 +55,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Evidence:
+class CalibrationAnswers:
     """What the teachers say of the validation windows: float32 [K, W, T - 1] nats, entropies at temperature 1."""
 
     entropy: Tensor
@@ -66,12 +66,12 @@ class Evidence:
         save_file({"entropy": self.entropy, "label_log_p": self.label_log_p}, folder / EVIDENCE)
 
     @classmethod
-    def load(cls, folder: Path) -> Evidence:
+    def load(cls, folder: Path) -> CalibrationAnswers:
         """What `save` wrote."""
         return cls(**load_file(folder / EVIDENCE))
 
     @classmethod
-    def joined(cls, parts: Sequence[Evidence]) -> Evidence:
+    def joined(cls, parts: Sequence[CalibrationAnswers]) -> CalibrationAnswers:
         """Of all teachers, from that of each, on the same windows."""
         return cls(torch.cat([p.entropy for p in parts]), torch.cat([p.label_log_p for p in parts]))
 
@@ -84,7 +84,7 @@ def calibration_windows(validation: Part) -> npt.NDArray[np.int64]:
 @torch.no_grad()
 def calibrate(
     teacher: Teacher, validation: Part, windows: npt.NDArray[np.int64], *, batch_size: int, task: Task
-) -> tuple[Calibration, Evidence]:
+) -> tuple[Calibration, CalibrationAnswers]:
     """Fit one temperature on these windows (int64 [w]); `task` is advanced by one per window.
 
     Returns:
@@ -113,10 +113,12 @@ def calibrate(
     temperature, best = _minimum(np.log(np.array(GRID)), nll[:-1])
     found = Calibration(temperature, float(math.exp(nll[-1])), float(math.exp(best)), count)
     shape = (1, len(windows), -1)
-    return found, Evidence(torch.cat(entropies).view(shape), torch.cat(answers).view(shape))
+    return found, CalibrationAnswers(torch.cat(entropies).view(shape), torch.cat(answers).view(shape))
 
 
-def fit_offsets(rule: WeightRule, evidence: Evidence, part: Part, windows: npt.NDArray[np.int64]) -> tuple[float, ...]:
+def fit_offsets(
+    rule: WeightRule, evidence: CalibrationAnswers, part: Part, windows: npt.NDArray[np.int64]
+) -> tuple[float, ...]:
     """The offsets of `rule` (weights by entropy, its own offsets not read) on the validation windows of the evidence.
 
     The mix is taken as arithmetic: the geometric one needs whole distributions, and its weights are the same.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from edgestill.compress.attention import AttentionLoss
 from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fused_head import OutputLoss, OutputValues, output_loss
-from edgestill.compress.lessons import Lesson, TeacherSource
+from edgestill.compress.lessons import Batch, Lesson, TeacherSource
 from edgestill.compress.meter import Meter
 from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.compress.rows import Rows
@@ -124,12 +124,14 @@ class DistillModule(nn.Module):
         source = self._source[0]
         if source is None or (self.output.weight == 0 and self.features is None and self.attention is None):
             return None
-        return source.lesson(input_ids, rows, windows, self.features, self.attention)
+        return source.lesson(Batch(input_ids, rows, windows, self.features, self.attention))
 
     def _aligned(
         self, rows: Rows, values: OutputValues, lesson: Lesson, ours: dict[int, Tensor], attended: Any
     ) -> Tensor:
         """The balanced auxiliary losses, scalar."""
+        if self.features is None and self.attention is None:
+            return values.divergence.new_zeros(())
         weights = self._sequence_weights(lesson.target, rows)
         mask = nn.functional.pad(rows.valid, (0, 1))  # the last position predicts nothing
         count, total = sum(rows.lengths), values.divergence.new_zeros(())

@@ -72,14 +72,16 @@ def made_of(at: Setting) -> Stage:
     recipe = at.recipe
 
     def make(folder: Path) -> dict[str, Any]:
-        made = make_student(
-            recipe.student,
-            at.teachers,
-            at.vocabulary,
-            recipe.train.seed,
-            text=at.corpus.training,
-            device=at.device,
-        )
+        with at.progress.task("student", 0, "tokens") as task:
+            made = make_student(
+                recipe.student,
+                at.teachers,
+                at.vocabulary,
+                recipe.train.seed,
+                text=at.corpus.training,
+                device=at.device,
+                task=task,
+            )
         made.model.save_pretrained(folder / "student")
         return {"origin": made.origin, "parameters": count_parameters(made.model), **made.notes}
 

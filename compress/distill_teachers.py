@@ -14,7 +14,7 @@ import torch
 
 from edgestill.compress.cache_answers import Mode
 from edgestill.compress.cache_capture import capture
-from edgestill.compress.calibrate import Evidence, calibrate, calibration_windows, fit_offsets
+from edgestill.compress.calibrate import CalibrationAnswers, calibrate, calibration_windows, fit_offsets
 from edgestill.compress.processes import from_first, on_this_machine
 from edgestill.compress.setting import Setting
 from edgestill.compress.stages import Stage
@@ -45,7 +45,9 @@ def with_offsets(at: Setting) -> Setting:
     if fusion.weights != "entropy" or not fusion.calibrate or fusion.calibration != "offset" or len(at.teachers) < 2:
         return at
     validation = at.corpus.validation
-    evidence = Evidence.joined([Evidence.load(_calibrated(at, facts).folder) for facts in at.teachers])
+    evidence = CalibrationAnswers.joined(
+        [CalibrationAnswers.load(_calibrated(at, facts).folder) for facts in at.teachers]
+    )
     offsets = fit_offsets(at.rule, evidence, validation, calibration_windows(validation))
     words = ", ".join(f"{t.name} {o:+.4f}" for t, o in zip(at.teachers, offsets, strict=True))
     at.progress.say(f"offsets of the normalised entropies: {words}")

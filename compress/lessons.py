@@ -30,27 +30,28 @@ class Lesson:
     attention: Sequence[Mapping[int, Any]] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What the teachers are asked about."""
+
+    input_ids: Tensor
+    """int64 [B, T]."""
+    rows: Rows
+    """The positions that count."""
+    windows: Sequence[int]
+    """Index of each window in the training part, on the host."""
+    features: FeatureLoss | None = None
+    attention: AttentionLoss | None = None
+    """Both say which layers are wanted."""
+
+
 class TeacherSource(Protocol):
     """Where lessons come from."""
 
     names: tuple[str, ...]
 
-    def lesson(
-        self,
-        input_ids: Tensor,
-        rows: Rows,
-        windows: Sequence[int],
-        features: FeatureLoss | None,
-        attention: AttentionLoss | None,
-    ) -> Lesson:
-        """The lesson of a batch.
-
-        Args:
-            input_ids: int64 [B, T].
-            rows: the positions that count.
-            windows: index of each window in the training part, on the host.
-            features, attention: the losses that say which layers are wanted.
-        """
+    def lesson(self, batch: Batch) -> Lesson:
+        """What the teachers say of this batch."""
 
 
 class TeachersAtWork:
@@ -64,14 +65,8 @@ class TeachersAtWork:
         self.names = tuple(t.facts.name for t in teachers)
 
     @torch.no_grad()
-    def lesson(
-        self,
-        input_ids: Tensor,
-        rows: Rows,
-        windows: Sequence[int],
-        features: FeatureLoss | None,
-        attention: AttentionLoss | None,
-    ) -> Lesson:
+    def lesson(self, batch: Batch) -> Lesson:
+        features, attention = batch.features, batch.attention
         answers, seen, attended = [], [], []
         for k, (teacher, calibration) in enumerate(zip(self.teachers, self.calibrations, strict=True)):
             layers = features.teacher_layers(k) if features is not None else ()
@@ -79,10 +74,10 @@ class TeachersAtWork:
             with ExitStack() as watching:
                 if attention is not None:
                     attended.append(watching.enter_context(attention.watch_teacher(k, teacher.model)))
-                hidden, taken = teacher.hidden(input_ids, () if noise else layers)
-            answers.append(TeacherRows(rows.take(hidden), teacher.head_weight, teacher.head_bias, calibration))
-            seen.append(noisy_features(teacher, input_ids, layers, noise) if noise else taken)
-        return Lesson(OnlineTarget(answers, self.rule, rows, temperature=self.temperature), seen, attended)
+                hidden, taken = teacher.hidden(batch.input_ids, () if noise else layers)
+            answers.append(TeacherRows(batch.rows.take(hidden), teacher.head_weight, teacher.head_bias, calibration))
+            seen.append(noisy_features(teacher, batch.input_ids, layers, noise) if noise else taken)
+        return Lesson(OnlineTarget(answers, self.rule, batch.rows, temperature=self.temperature), seen, attended)
 
 
 class TeachersRemembered:
@@ -101,18 +96,12 @@ class TeachersRemembered:
         self.rule, self.vocabulary, self.calibrated = rule, vocabulary, calibrated
         self._lookup = Lookup(vocabulary)
 
-    def lesson(
-        self,
-        input_ids: Tensor,
-        rows: Rows,
-        windows: Sequence[int],
-        features: FeatureLoss | None,
-        attention: AttentionLoss | None,
-    ) -> Lesson:
+    def lesson(self, batch: Batch) -> Lesson:
+        rows = batch.rows
         every = rows.positions.numel() == rows.valid.numel()
         answers = []
         for cache in self.caches:
-            stored = cache.rows(np.asarray(windows, np.int64), input_ids.device)
+            stored = cache.rows(np.asarray(batch.windows, np.int64), batch.input_ids.device)
             entropy = stored.entropy_calibrated if self.calibrated else stored.entropy
             parts = [stored.ids, stored.logp, stored.tail_logp, entropy, stored.label_logp]
             if not every:

@@ -58,12 +58,16 @@ class Stage:
 class Workspace:
     """One build folder. Use within `locked()`."""
 
-    def __init__(self, root: Path, progress: Progress, *, force: bool = False, brief: bool = False) -> None:
+    def __init__(
+        self, root: Path, progress: Progress, *, force: bool = False, brief: bool = False, asking: bool = False
+    ) -> None:
         self.root = root
         self.progress = progress
         self.force = force
         self.brief = brief
         """Stages that were done before are not worth a line each."""
+        self.asking = asking
+        """Only say what stages are called and whether they are there: none is run, hashed or read."""
         self.done: list[Stage] = []
 
     @contextmanager
@@ -130,6 +134,8 @@ class Workspace:
         """
         key = stage_key(name, inputs)
         final = self.root / "work" / f"{name}-{key}"
+        if self.asking:
+            return Stage(name, final, key, {}, final.is_dir(), 0.0)
         partial = final.with_name(final.name + ".partial")
         info = from_first(lambda: self._done_before(final, partial))
         if info is not None:
@@ -182,24 +188,6 @@ class Workspace:
             shutil.rmtree(folder)
             return None
         return dict(info)
-
-
-class Keys(Workspace):
-    """The same folder, asked what its stages are called: none is run, and what a finished one reported is not read."""
-
-    def stage(
-        self,
-        name: str,
-        title: str,
-        inputs: Mapping[str, Any],
-        run: Callable[[Path], Mapping[str, Any] | None],
-        *,
-        together: bool = False,
-    ) -> Stage:
-        """The stage as it would be; `reused` says whether its folder is there."""
-        key = stage_key(name, inputs)
-        folder = self.root / "work" / f"{name}-{key}"
-        return Stage(name, folder, key, {}, folder.is_dir(), 0.0)
 
 
 def stage_key(name: str, inputs: Mapping[str, Any]) -> str:

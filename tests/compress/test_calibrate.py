@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import write_model
 
-from edgestill.compress.calibrate import Evidence, calibrate, fit_offsets
+from edgestill.compress.calibrate import CalibrationAnswers, calibrate, fit_offsets
 from edgestill.compress.fusion import WeightRule
 from edgestill.compress.packing import Part
 from edgestill.compress.teachers import load_teacher, resolve_teachers
@@ -28,7 +28,7 @@ def part(*, masked: bool = False) -> Part:
     return Part(ids, mask, zeros.astype(np.int16), zeros, zeros.astype(np.int16))
 
 
-def evidence(lift: float) -> Evidence:
+def evidence(lift: float) -> CalibrationAnswers:
     """Teacher 0 is right on the first half of the windows, teacher 1 on the second; each is surer where it is right, but
     teacher 1 says so with an entropy that is `lift` nats too low everywhere."""
     g = torch.Generator().manual_seed(1)
@@ -37,14 +37,14 @@ def evidence(lift: float) -> Evidence:
     noise = torch.randn(2, WINDOWS, LENGTH - 1, generator=g) * 0.1
     entropy = torch.where(knows, 1.0, 2.0) + noise
     entropy[1] -= lift
-    return Evidence(entropy, torch.where(knows, -1.0, -4.0) + noise)
+    return CalibrationAnswers(entropy, torch.where(knows, -1.0, -4.0) + noise)
 
 
 def rule(**words: object) -> WeightRule:
     return WeightRule.of(FusionSpec(entropy_temperature=0.02, **words), [1.0, 1.0], V)  # type: ignore[arg-type]
 
 
-def fused_nll(rule: WeightRule, given: Evidence) -> float:
+def fused_nll(rule: WeightRule, given: CalibrationAnswers) -> float:
     sequence = torch.arange(WINDOWS).repeat_interleave(LENGTH - 1)
     answers = given.label_log_p.flatten(1)
     weights = rule.weights(given.entropy.flatten(1), answers, sequence, torch.zeros_like(sequence))
@@ -75,7 +75,7 @@ def test_masked_tokens_are_not_fitted() -> None:
     windows = np.arange(WINDOWS)
     assert text.loss_mask is not None
     hidden = torch.from_numpy(text.loss_mask[:, 1:] == 0)
-    changed = Evidence(given.entropy.clone(), given.label_log_p.clone())
+    changed = CalibrationAnswers(given.entropy.clone(), given.label_log_p.clone())
     changed.entropy[:, hidden] = 0.5
     changed.label_log_p[:, hidden] = -9.0
     assert fit_offsets(rule(), given, text, windows) == fit_offsets(rule(), changed, text, windows)
@@ -83,7 +83,9 @@ def test_masked_tokens_are_not_fitted() -> None:
 
 def test_useless_teachers_get_a_finite_offset() -> None:
     given = evidence(0.0)
-    useless = Evidence(given.entropy, torch.stack([given.label_log_p[0], torch.full((WINDOWS, LENGTH - 1), -30.0)]))
+    useless = CalibrationAnswers(
+        given.entropy, torch.stack([given.label_log_p[0], torch.full((WINDOWS, LENGTH - 1), -30.0)])
+    )
     offsets = fit_offsets(rule(), useless, part(), np.arange(WINDOWS))
     assert all(math.isfinite(o) for o in offsets)
     assert offsets[0] > offsets[1]
@@ -107,4 +109,4 @@ def test_evidence_is_the_teachers_own(tmp_path: Path) -> None:
     torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(answer.double(), log_p.gather(2, ids[:, 1:, None]).squeeze(2), atol=1e-5, rtol=1e-5)
     found.save(tmp_path)
-    assert torch.equal(Evidence.load(tmp_path).label_log_p[0], answer)
+    assert torch.equal(CalibrationAnswers.load(tmp_path).label_log_p[0], answer)

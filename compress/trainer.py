@@ -11,6 +11,7 @@ and sums go over all of them: the same recipe makes the same gradients, whatever
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from functools import partial
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import GradientState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
@@ -73,7 +73,6 @@ def train(
     complete = from_first(lambda: checkpoints.newest(folder))
     log = JsonLog(folder / LOG, module, task, tokens_per_step, names)
     on_policy = OnPolicy(spec.on_policy, spec.seed) if spec.on_policy is not None else None
-    GradientState._reset_state()  # a training that ended by an exception leaves its data loader in accelerate's global state
     trainer = DistillTrainer(
         model=module, args=arguments, train_dataset=data, data_collator=collate, callbacks=[log], on_policy=on_policy
     )
@@ -97,6 +96,9 @@ def train(
 
 def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule) -> TrainingArguments:
     device = best_device()
+    bf16 = autocast_bfloat16(spec, device)
+    # TrainingArguments writes bf16=True into the environment, and reads bf16=False from there: once on, it would stay on
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -108,7 +110,7 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule)
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         optim="adamw_bnb_8bit" if spec.optimizer == "adamw_8bit" else "adamw_torch_fused",
-        bf16=autocast_bfloat16(spec, device),
+        bf16=bf16,
         use_cpu=device.type == "cpu",
         seed=spec.seed,
         save_strategy="steps",

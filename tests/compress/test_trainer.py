@@ -41,6 +41,15 @@ def test_four_micro_steps_are_one(losses: dict[str, Any], tmp_path: Path) -> Non
         assert numbers(other) == pytest.approx(numbers(row), rel=1e-4, abs=2e-4)
 
 
+def test_precision_is_that_of_the_recipe_whatever_was_trained_before(tmp_path: Path) -> None:
+    """transformers keeps bf16=True in the environment of the process."""
+    case = prepared(write_recipe(tmp_path, train={"tokens": 2 * 4 * 32}))
+    words = [("one", "float32"), ("rounded", "bfloat16"), ("other", "float32")]
+    one, rounded, other = (learn(case, tmp_path / name, precision=to).state_dict() for name, to in words)
+    assert furthest(one, other) == 0
+    assert furthest(one, rounded) > 0
+
+
 def test_checkpoints_hold_what_is_resumed_and_no_more_than_two_are_kept(tmp_path: Path) -> None:
     case = prepared(write_recipe(tmp_path, train={"tokens": 6 * 4 * 32, "checkpoint_every_steps": 2}))
     run = tmp_path / "run"

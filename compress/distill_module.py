@@ -20,6 +20,7 @@ from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fused_head import OutputLoss, OutputValues, output_loss
 from edgestill.compress.lessons import Batch, Lesson, TeacherSource
 from edgestill.compress.meter import Meter
+from edgestill.compress.quantize.fake_quant import FakeQuant
 from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.compress.rows import Rows
 from edgestill.compress.step_state import Balance, Taid
@@ -41,11 +42,13 @@ class DistillModule(nn.Module):
         attention: AttentionLoss | None = None,
         policy: SelectionPolicy | None = None,
         taid: Taid | None = None,
+        quantization: FakeQuant | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.features, self.attention = features, attention
         self.policy, self.taid = policy, taid
+        self.quantization = quantization
         self.feature_balance = Balance(features.spec.ratio) if features is not None else None
         self.attention_balance = Balance(attention.spec.ratio) if attention is not None else None
         self.output = output
@@ -81,6 +84,8 @@ class DistillModule(nn.Module):
         hidden, ours, attended = self._listen(input_ids)
         lesson = self._lesson(input_ids, rows, windows)
         head = self.student.get_output_embeddings()
+        if self.quantization is not None:
+            hidden = self.quantization.head_inputs(hidden)
         loss, values = output_loss(
             rows.take(hidden),
             head.weight,
@@ -95,8 +100,15 @@ class DistillModule(nn.Module):
             loss = loss + self._aligned(rows, values, lesson, ours, attended) * (sum(rows.lengths) / normaliser)
         return loss
 
+    def begin(self, step: int) -> None:
+        """Before the first batch: `step` optimizer steps are done."""
+        if self.quantization is not None:
+            self.quantization.at_step(step)
+
     def finish_step(self, step: int, steps: int) -> None:
         """After optimizer step `step` of `steps`: everything that is remembered moves once."""
+        if self.quantization is not None:
+            self.quantization.at_step(step)
         if self.taid is not None:
             self.taid.finish(step, steps)
         for balance in (self.feature_balance, self.attention_balance):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from edgestill.compress.alignment import Alignment
 from edgestill.compress.distill_module import DistillModule
@@ -20,6 +20,8 @@ from edgestill.compress.feature_fit import evenly, fit_alignment
 from edgestill.compress.low_rank import load_student
 from edgestill.compress.objectives import module_of
 from edgestill.compress.processes import from_first, is_first
+from edgestill.compress.quantize.fake_quant import FakeQuant
+from edgestill.compress.quantize.shipped import ShippedWeights, load_shipped_student
 from edgestill.compress.reference import choose_windows, perplexity
 from edgestill.compress.setting import Setting
 from edgestill.compress.sharding import whole_state
@@ -52,6 +54,8 @@ def student_of(at: Setting, calibrations: Sequence[float], caches: list[Path] | 
         "tokenizer": at.teachers[0].weights_sha256,
         "code": CODE["train"],
     }
+    if recipe.quantize is not None:
+        inputs["quantize"] = recipe.quantize.model_dump(mode="json")
     if at.listens:
         inputs |= {
             "teachers": at.teacher_hashes(),
@@ -154,7 +158,9 @@ def _train_into(
         if is_first():
             info = {"teachers_from": "cache" if caches else "memory", "made": made.info, **facts}
             _keep_result(at, made, state, folder)
-            info["validation_perplexity"] = _validated(at, folder)
+            if module.quantization is not None:
+                _keep_bytes(at, module.quantization, state, folder / "student")
+            info |= _validated(at, folder / "student")
             shutil.copy(run / LOG, folder / LOG)
             write_atomically(result, json.dumps(info).encode())
     if not is_first():
@@ -190,13 +196,26 @@ def _keep_result(at: Setting, made: Stage, state: dict[str, Tensor], folder: Pat
         save_file({name: t.cpu().contiguous() for name, t in beside.items()}, folder / STATE)
 
 
-def _validated(at: Setting, folder: Path) -> float:
-    """Perplexity on validation text of the student as it is kept: float32, on the CPU."""
-    student = load_student(folder / "student", torch.float32).eval()
+def _keep_bytes(at: Setting, quantization: FakeQuant, state: dict[str, Tensor], checkpoint: Path) -> None:
+    """The weights on their grid, as they will ship."""
+    weights = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+    ShippedWeights.of(quantization.spec, quantization.encoded(weights)).save(checkpoint)
+
+
+def _validated(at: Setting, checkpoint: Path) -> dict[str, float]:
+    """Perplexities on validation text of the student as it is kept, on the CPU: in float32, and with the weights that ship."""
     windows = choose_windows(at.corpus.validation, VALIDATION_TOKENS)
-    reached = perplexity(student, at.corpus.validation, windows, batch_size=at.recipe.train.batch_size)
-    at.progress.say(f"student: validation perplexity {reached:.1f}")
-    return round(reached, 3)
+
+    def reached(student: PreTrainedModel, what: str) -> float:
+        found = perplexity(student.eval(), at.corpus.validation, windows, batch_size=at.recipe.train.batch_size)
+        at.progress.say(f"student: validation perplexity {found:.1f}{what}")
+        return round(found, 3)
+
+    values = {"validation_perplexity": reached(load_student(checkpoint, torch.float32), "")}
+    if at.recipe.quantize is not None:
+        what = f" with its {at.recipe.quantize.scheme} weights"
+        values["quantized_validation_perplexity"] = reached(load_shipped_student(checkpoint), what)
+    return values
 
 
 def _say_sizes(at: Setting, parameters: int) -> None:

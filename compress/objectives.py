@@ -17,6 +17,7 @@ from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fused_head import OutputLoss
 from edgestill.compress.fusion import WeightRule
 from edgestill.compress.lessons import TeachersAtWork, TeacherSource, TeachersRemembered
+from edgestill.compress.quantize.fake_quant import FakeQuant
 from edgestill.compress.setting import Setting
 from edgestill.compress.step_state import Taid
 from edgestill.compress.teacher_cache import open_caches
@@ -54,6 +55,7 @@ def module_of(
         features=features,
         attention=attention,
         policy=policy,
+        quantization=FakeQuant(at.recipe.quantize, student) if at.recipe.quantize is not None else None,
         taid=Taid(losses.output.taid).to(at.device) if losses.output.divergence == "taid" else None,
     )
 

@@ -35,6 +35,7 @@ class JsonLog(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first_step = state.global_step
+        self.module.begin(state.global_step)
         if is_first():
             rows = read_log(self.path) if self.path.exists() else []
             kept = [row for row in rows if row["step"] <= state.global_step]

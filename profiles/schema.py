@@ -7,6 +7,7 @@ reports every error at once with file and line.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -24,6 +25,7 @@ from edgestill.profiles.loss_words import (
     TaidSpec,
 )
 from edgestill.profiles.nearest import nearest
+from edgestill.profiles.quantize_words import QuantizeSpec
 from edgestill.profiles.student_words import LowRankSpec, NarrowSpec, StudentSpec
 from edgestill.profiles.words import Count, NotNegative, Positive, Words
 from edgestill.runtime.metrics import METRICS, metric
@@ -43,6 +45,7 @@ __all__ = [
     "PrecisionSpec",
     "Profile",
     "PrototypeSpec",
+    "QuantizeSpec",
     "RankingLossSpec",
     "Recipe",
     "ReferenceSpec",
@@ -100,6 +103,8 @@ class Recipe(Words):
     losses: LossesSpec = LossesSpec()
     data: DataSpec
     train: TrainSpec
+    quantize: QuantizeSpec | None = None
+    """Train with the weights that ship; None trains in float, and the profile's precision is rounded to afterwards."""
     reference: ReferenceSpec = ReferenceSpec()
     limits: dict[LimitName, Positive] = Field(default_factory=dict)
     """Metric -> limit on its one-sided 95 % bound; `perplexity/<domain>` is allowed."""
@@ -126,6 +131,21 @@ class Recipe(Words):
                     raise ValueError(
                         f"{name} needs the teachers during training, which train.teacher_cache: always replaces; remove one"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _reaches_the_grid(self) -> Recipe:
+        if self.quantize is not None:
+            train = self.train
+            steps = math.ceil(
+                train.tokens / (train.batch_size * train.gradient_accumulation * self.data.sequence_length)
+            )
+            reached = self.quantize.from_step + self.quantize.ramp_steps
+            if reached >= steps:
+                raise ValueError(
+                    f"quantize: weights reach the grid at step {reached} and training ends at step {steps}; lower from_step or "
+                    "ramp_steps, or raise train.tokens"
+                )
         return self
 
     @model_validator(mode="after")

@@ -55,27 +55,36 @@ def quantize_int4(weight: F32, block_size: int, symmetric: bool) -> BlockWeight:
 
 def quantize_int8(weight: F32, block_size: int) -> BlockWeight:
     """Quantize float32 [K, N] to symmetric 8 bits with one scale per output."""
-    inputs, outputs = weight.shape
-    n_blocks = -(-inputs // block_size)
     scale = np.abs(weight).max(axis=0) / np.float32(127)
     divisor = np.where(scale > 0, scale, np.float32(1))
-    codes = np.full((outputs, n_blocks * block_size), 128, np.uint8)
-    codes[:, :inputs] = (np.clip(np.rint(weight / divisor), -127, 127) + 128).T
-    scales = np.repeat(scale[:, None], n_blocks, axis=1)
-    return BlockWeight(codes.reshape(outputs, n_blocks, block_size), scales, None, 8, block_size, inputs)
+    return int8_blocks(np.clip(np.rint(weight / divisor), -127, 127).astype(np.int8).T, scale, block_size)
 
 
 def dequantize(weight: BlockWeight) -> F32:
     """The float32 [K, N] that the codes stand for, bit for bit what onnxruntime multiplies (-0 may be +0 there)."""
-    outputs, n_blocks = weight.scales.shape
-    codes = _unpack(weight.packed.reshape(outputs, -1), weight.bits)[:, : weight.inputs]
-    if weight.zero_points is None:
-        zero: npt.NDArray[np.int16] = np.full((outputs, n_blocks), 1 << (weight.bits - 1), np.int16)
-    else:
-        zero = _unpack(weight.zero_points, weight.bits)
+    codes, zero = codes_of(weight)
     block_of = np.arange(weight.inputs) // weight.block_size
     values: F32 = (codes - zero[:, block_of]).astype(np.float32) * weight.scales[:, block_of]
     return np.ascontiguousarray(values.T)
+
+
+def codes_of(weight: BlockWeight) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
+    """Codes [N, K] without padding, and the zero point of each block [N, n_blocks]."""
+    outputs, n_blocks = weight.scales.shape
+    codes = _unpack(weight.packed.reshape(outputs, -1), weight.bits)[:, : weight.inputs]
+    if weight.zero_points is None:
+        return codes, np.full((outputs, n_blocks), 1 << (weight.bits - 1), np.int16)
+    return codes, _unpack(weight.zero_points, weight.bits)[:, :n_blocks]
+
+
+def int8_blocks(codes: npt.NDArray[np.int8], scales: F32, block_size: int) -> BlockWeight:
+    """Symmetric 8-bit codes [N, K] with one scale per output [N] in the layout of the block kernels."""
+    outputs, inputs = codes.shape
+    n_blocks = -(-inputs // block_size)
+    packed = np.full((outputs, n_blocks * block_size), 128, np.uint8)
+    packed[:, :inputs] = codes.astype(np.int16) + 128
+    repeated = np.repeat(scales[:, None], n_blocks, axis=1)
+    return BlockWeight(packed.reshape(outputs, n_blocks, block_size), repeated, None, 8, block_size, inputs)
 
 
 def sqnr_db(signal: npt.NDArray[np.floating[Any]], approximation: npt.NDArray[np.floating[Any]]) -> float | None:

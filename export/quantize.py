@@ -1,34 +1,45 @@
 """Weights of an exported graph in 4 or 8 bits, and back: the graph that multiplies exactly what was shipped.
 
-    MatMul, Gemm  -> MatMulNBits (+ Add)      every linear layer, the head tied to the embedding included
-    Gather        -> GatherBlockQuantized     the embedding, where this onnxruntime has the kernel
+    MatMul, Gemm  -> the product of stored.py (+ Add)    every linear layer, the head tied to the embedding included
+    Gather        -> the lookup of stored.py             the embedding, where there is one for the precision
 
-A tied embedding and head are one stored matrix: MatMulNBits keeps [vocab, hidden] row by row, as a lookup reads it.
+A tied embedding and head are one stored matrix. Integers that were trained or found before are taken as they are; all others
+are rounded to nearest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgestill.export.blockwise import BlockWeight, dequantize, quantize_int4, quantize_int8, sqnr_db
+from edgestill.export.blockwise import dequantize, sqnr_db
 from edgestill.export.graph_io import load_graph, save_graph, validate_graph
 from edgestill.export.linear_layers import Linear, Table, Unfit, Weight, find_weights
-from edgestill.export.quantized_ops import (
-    CONTRIB,
-    OPERATORS,
-    add_constant,
-    constant_array,
-    lookup_nodes,
-    lookup_runs,
-    product_node,
-    read_block,
+from edgestill.export.quantized_ops import CONTRIB, OPERATORS, add_constant, constant_array, read_block
+from edgestill.export.standard_ops import OPSET, read_standard
+from edgestill.export.stored import (
+    F32,
+    Blocks,
+    Form,
+    Plain,
+    Quantized,
+    Tables,
+    round_to_nearest,
+    unfit_product,
+    unfit_table,
+    values_of,
 )
+from edgestill.export.tables import TableWeight, read_table
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
+
+QUANTIZED = ("int4", "int8", "nf4", "fp4")
+Given = Callable[[str, F32], Quantized | str | None]
+"""(name of an initializer, its float32 [K, N]) -> what ships instead, or why it stays float32; None: round to nearest."""
 
 
 @dataclass(frozen=True)
@@ -66,33 +77,41 @@ class QuantizationReport:
         return self.graph_bytes * 8 / parameters
 
 
-def quantize_graph(source: Path, target: Path, precision: PrecisionSpec) -> QuantizationReport:
+def quantize_graph(
+    source: Path, target: Path, precision: PrecisionSpec, *, given: Given | None = None, standard: bool = False
+) -> QuantizationReport:
     """Write the float32 graph `source` as `target` with weights in `precision`, checked and opened once.
+
+    Args:
+        given: integers that are there already (trained ones, or those of another method than rounding).
+        standard: plain ONNX operators of opset 21 instead of onnxruntime's own.
 
     Raises:
         BadInput: a precision that has no form in this graph, or a result that onnxruntime refuses.
     """
-    _require_known(precision)
+    _require_known(precision, standard)
     model = load_graph(source)
-    store = _Store(model.graph, precision)
+    store = _Store(model.graph, precision, given, standard)
     quantized: list[QuantizedNode] = []
     left_float: list[FloatNode] = []
     for weight in find_weights(model.graph):
-        weight = _unless_table_is_unfit(weight, store.bits, precision)
         node = weight.node
-        if isinstance(weight, Unfit):
+        stored = store.put(weight)
+        if isinstance(stored, str):
             shape = constant_array(weight.weight).shape
-            left_float.append(FloatNode(str(node.name), node.op_type, shape, weight.reason))
+            left_float.append(FloatNode(str(node.name), node.op_type, shape, stored))
             continue
-        block, constants, quality = store.put(weight)
-        if isinstance(weight, Table):
-            shape = (block.outputs, block.inputs)
-            _substitute(node, *lookup_nodes(model.graph, _input(node, 1), block, constants, str(node.name)))
+        form, quality = stored
+        if isinstance(weight, Linear):
+            shape = (form.inputs, form.outputs)
+            product = form.product(_input(node, 0), str(node.name))
+            _substitute(node, *product[:-1], *_with_bias(product[-1], weight.bias))
         else:
-            shape = (block.inputs, block.outputs)
-            product = product_node(_input(node, 0), block, constants, precision.accuracy_level, str(node.name))
-            _substitute(node, *_with_bias(product, weight.bias))
-        quantized.append(QuantizedNode(str(node.name), node.op_type, shape, store.bits, quality))
+            shape = (form.outputs, form.inputs)
+            _substitute(node, *form.lookup(_input(node, 1), str(node.name)))
+        quantized.append(QuantizedNode(str(node.name), node.op_type, shape, form.bits, quality))
+    if standard:
+        _convert(model)
     _finish(model, target)
     return QuantizationReport(tuple(quantized), tuple(left_float), graph_bytes(target))
 
@@ -101,18 +120,35 @@ def dequantize_graph(source: Path, target: Path) -> None:
     """Write `source` with each quantized weight as the float32 matrix it stands for: the yardstick of lossy operators."""
     model = load_graph(source)
     stored: dict[tuple[str, bool], ir.Value] = {}
-    for node in [n for n in model.graph if n.domain == CONTRIB and n.op_type in OPERATORS]:
+
+    def matrix_of(name: str, matrix: F32, rows: bool) -> ir.Value:
+        if (name, rows) not in stored:
+            what, array = ("rows", matrix.T) if rows else ("matrix", matrix)
+            stored[name, rows] = add_constant(model.graph, f"{name}_{what}", array)
+        return stored[name, rows]
+
+    for node in list(model.graph):
         lookup = node.op_type == "GatherBlockQuantized"
-        name, block = read_block(node)
-        if (name, lookup) not in stored:
-            matrix = dequantize(block)
-            stored[name, lookup] = add_constant(
-                model.graph, f"{name}_{'rows' if lookup else 'matrix'}", matrix.T if lookup else matrix
-            )
-        matrix_value = stored[name, lookup]
-        inputs = [matrix_value, _input(node, 1)] if lookup else [_input(node, 0), matrix_value]
+        if node.domain == CONTRIB and node.op_type in OPERATORS:
+            name, block = read_block(node)
+            matrix = matrix_of(name, dequantize(block), lookup)
+        elif node.domain == CONTRIB and node.op_type == "MatMulBnb4":
+            name, table = read_table(node)
+            matrix = matrix_of(name, table.values(), False)
+        elif node.op_type == "DequantizeLinear":
+            name, values = read_standard(node)
+            _substitute(node, ir.node("Identity", [matrix_of(name, values, False)], name=node.name))
+            continue
+        else:
+            continue
+        inputs = [matrix, _input(node, 1)] if lookup else [_input(node, 0), matrix]
         _substitute(node, ir.node("Gather" if lookup else "MatMul", inputs, name=node.name))
     _finish(model, target)
+
+
+def given_by_name(weights: Mapping[str, Quantized]) -> Given:
+    """Integers of some initializers; the others are rounded to nearest."""
+    return lambda name, _: weights.get(name)
 
 
 def graph_bytes(path: Path) -> int:
@@ -124,53 +160,61 @@ def graph_bytes(path: Path) -> int:
 class _Store:
     """Quantizes and stores each weight once, however many nodes read it."""
 
-    def __init__(self, graph: ir.Graph, precision: PrecisionSpec) -> None:
-        self.bits = 8 if precision.weights == "int8" else 4
-        self._graph = graph
-        self._precision = precision
-        self._known: dict[tuple[str, bool], tuple[BlockWeight, list[ir.Value], float | None]] = {}
+    def __init__(self, graph: ir.Graph, precision: PrecisionSpec, given: Given | None, standard: bool) -> None:
+        self._graph, self._precision = graph, precision
+        self._given, self._standard = given, standard
+        self._known: dict[tuple[str, bool], tuple[Form, float | None] | str] = {}
 
-    def put(self, weight: Linear | Table) -> tuple[BlockWeight, list[ir.Value], float | None]:
-        """(blocks, initializers of codes, scales and zero points, SQNR in dB)."""
+    def put(self, weight: Weight) -> tuple[Form, float | None] | str:
+        """(the weight in the graph, its SQNR in dB), or why it stays float32."""
+        if isinstance(weight, Unfit):
+            return weight.reason
         rows = weight.transposed if isinstance(weight, Linear) else True
-        name = str(weight.weight.name)
-        if (name, rows) not in self._known:
-            array = constant_array(weight.weight)
-            matrix = array.T if rows else array
-            spec = self._precision
-            if self.bits == 8:
-                block = quantize_int8(matrix, spec.block_size)
-            else:
-                block = quantize_int4(matrix, spec.block_size, spec.symmetric)
-            prefix = f"{name}_rows" if rows else name
-            constants = [
-                add_constant(self._graph, f"{prefix}_codes", block.packed),
-                add_constant(self._graph, f"{prefix}_scales", block.scales),
-            ]
-            if block.zero_points is not None:
-                constants.append(add_constant(self._graph, f"{prefix}_zero_points", block.zero_points))
-            self._known[name, rows] = (block, constants, sqnr_db(matrix, dequantize(block)))
-        return self._known[name, rows]
+        array = constant_array(weight.weight)
+        matrix = array.T if rows else array
+        if isinstance(weight, Table) and (why := unfit_table(len(matrix), self._precision, self._standard)):
+            return why
+        key = (str(weight.weight.name), rows)
+        if key not in self._known:
+            self._known[key] = self._stored(key[0], f"{key[0]}_rows" if rows else key[0], matrix)
+        return self._known[key]
+
+    def _stored(self, name: str, prefix: str, matrix: F32) -> tuple[Form, float | None] | str:
+        found = self._given(name, matrix) if self._given is not None else None
+        if isinstance(found, str):
+            return found
+        if found is None:
+            if (why := unfit_product(len(matrix), self._precision)) is not None:
+                return why
+            found = round_to_nearest(matrix, self._precision)
+        return self._form(prefix, found), sqnr_db(matrix, values_of(found))
+
+    def _form(self, prefix: str, weight: Quantized) -> Form:
+        if isinstance(weight, TableWeight):
+            return Tables(self._graph, prefix, weight)
+        if self._standard:
+            return Plain(self._graph, prefix, weight)
+        return Blocks(self._graph, prefix, weight, self._precision.accuracy_level)
 
 
-def _require_known(precision: PrecisionSpec) -> None:
-    if precision.weights not in ("int4", "int8"):
-        raise BadInput(f"precision.weights {precision.weights} has no blocks of integers; use int4, int8 or float32")
-    if precision.weights == "int8" and not precision.symmetric:
-        raise BadInput("precision.symmetric false is for int4, int8 has no zero point; remove it")
+def _convert(model: ir.Model) -> None:
+    """Raise the opset to the first one whose DequantizeLinear has blocks."""
+    from onnxscript import version_converter
+
+    if model.graph.opset_imports.get("", 0) < OPSET:
+        version_converter.convert_version(model, OPSET)
 
 
-def _unless_table_is_unfit(weight: Weight, bits: int, precision: PrecisionSpec) -> Weight:
-    """`weight`, or why the embedding must stay float32."""
-    if not isinstance(weight, Table):
-        return weight
-    hidden = constant_array(weight.weight).shape[1]
-    if hidden * bits % 8:
-        return Unfit(weight.node, weight.weight, f"a row of {hidden} x {bits} bits is no whole number of bytes")
-    if not lookup_runs(bits, precision.block_size, precision.symmetric):
-        why = f"this onnxruntime has no GatherBlockQuantized for {bits} bits in blocks of {precision.block_size}"
-        return Unfit(weight.node, weight.weight, why)
-    return weight
+def _require_known(precision: PrecisionSpec, standard: bool) -> None:
+    weights = precision.weights
+    if weights not in QUANTIZED:
+        raise BadInput(f"precision.weights {weights} has no blocks of codes; use {', '.join(QUANTIZED)} or float32")
+    if weights != "int4" and not precision.symmetric:
+        raise BadInput(f"precision.symmetric false is for int4, {weights} has no zero point; remove it")
+    if standard and weights in ("nf4", "fp4"):
+        raise BadInput(
+            f"precision.weights {weights} has no form in standard ONNX; use int4 or int8, or portable: false"
+        )
 
 
 def _with_bias(product: ir.Node, bias: ir.Value | None) -> tuple[ir.Node, ...]:

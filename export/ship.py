@@ -31,6 +31,7 @@ from edgestill.export.model_facts import facts_of_checkpoint
 from edgestill.export.onnx_export import ExportedGraph, describe_graph, export_onnx
 from edgestill.export.parity import ParityRow, check_parity, check_quantized_parity, parity_limit, parity_rows
 from edgestill.export.quantize import dequantize_graph, graph_bytes, quantize_graph
+from edgestill.export.trained import trained_weights
 from edgestill.profiles.load import LoadedProfile
 from edgestill.runtime.bundle import read_manifest, verify_bundle
 from edgestill.runtime.files import write_atomically
@@ -199,7 +200,7 @@ def _quantize_stage(
             for file in onnx.folder.glob("model.onnx*"):
                 shutil.copy(file, folder / file.name)
         else:
-            report = quantize_graph(exported.path, shipped, precision)
+            report = quantize_graph(exported.path, shipped, precision, given=trained_weights(origin.student, precision))
             yardstick = folder / "yardstick" / "model.onnx"
             yardstick.parent.mkdir(exist_ok=True)
             dequantize_graph(shipped, yardstick)

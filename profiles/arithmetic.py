@@ -6,7 +6,7 @@ Rules of storage (1 MiB = 2**20 bytes), for linear layers, head and input table 
     float16, bfloat16  2 bytes
     fp8                1 byte + one float32 scale per output channel (hidden_size weights)
     int8               1 byte + one float32 scale per block
-    int4               half a byte + one float32 scale per block (asymmetric: + half a byte of zero point)
+    int4, nf4, fp4     half a byte + one float32 scale per block (asymmetric int4: + half a byte of zero point)
     cache              keys and values of every layer: float32 on a CPU, 2 bytes on a GPU (float32 when the weights are)
 
 Norms and biases count as if they were stored like the rest: below 0.1 % of any model worth shipping. Where an ONNX
@@ -27,7 +27,7 @@ from edgestill.runtime.errors import BadInput
 MIB = float(1 << 20)
 
 CPU_ENGINE = "onnxruntime-cpu"
-CPU_WEIGHTS = ("float32", "int8", "int4")
+CPU_WEIGHTS = ("float32", "int8", "int4", "nf4", "fp4")
 """Precisions built for the CPU engine: ONNX Runtime has no fast CPU kernels for the 16- and 8-bit floats."""
 GPU_NEEDS = {"fp8": 8.9, "bfloat16": 8.0, "int4": 7.5}
 """Precision -> first NVIDIA compute capability with tensor cores for it (int4: of a weight-only product)."""
@@ -73,7 +73,7 @@ class Prediction:
 def bits_per_weight(profile: Profile, hidden_size: int) -> float:
     """Stored bits of one weight, its share of the scales included: int4 in symmetric blocks of 32 is 5."""
     precision = profile.precision
-    if precision.weights == "int4":
+    if precision.weights in ("int4", "nf4", "fp4"):
         per_block = 32.0 + (0.0 if precision.symmetric else 4.0)
         return 4.0 + per_block / precision.block_size
     if precision.weights == "int8":
@@ -115,6 +115,10 @@ def precision_problem(profile: Profile) -> str | None:
         if weights in CPU_WEIGHTS:
             return None
         return f"'{weights}' is not built for engine {CPU_ENGINE}; use {', '.join(CPU_WEIGHTS)}"
+    if weights in ("nf4", "fp4"):
+        return (
+            f"'{weights}' has no kernel in engine {device.engine}; use int4 or int8, and train the student on that grid"
+        )
     needed, has = GPU_NEEDS.get(weights), float(device.compute_capability or 0)
     if needed is None or has >= needed:
         return None

@@ -212,7 +212,8 @@ class WorkloadSpec(Words):
 
 
 class PrecisionSpec(Words):
-    weights: Literal["float32", "float16", "bfloat16", "int8", "int4", "fp8"] = "int4"
+    weights: Literal["float32", "float16", "bfloat16", "int8", "int4", "nf4", "fp4", "fp8"] = "int4"
+    """nf4, fp4: bitsandbytes' types, for students trained on them; onnxruntime computes with them in float32 and slowly."""
     block_size: Literal[16, 32, 64, 128, 256] = 32
     """Weights that share one scale (int8 repeats its one scale per output for each block)."""
     accuracy_level: Literal[0, 4] = 4

@@ -73,7 +73,7 @@ class Graph:
 class Precision:
     """How the weights are stored. `accuracy_level` 4 quantizes activations to int8 too (MatMulNBits)."""
 
-    weights: Literal["float32", "int8", "int4"]
+    weights: Literal["float32", "int8", "int4", "nf4", "fp4"]
     block_size: int | None = None
     accuracy_level: int | None = None
     bits_per_weight: float | None = None

@@ -159,7 +159,7 @@ def test_workload_longer_than_the_model() -> None:
         ("fp8", "8.7", "'fp8' needs compute capability 8.9, this GPU has 8.7; use int4, int8, bfloat16, float16"),
         ("bfloat16", "7.5", "'bfloat16' needs compute capability 8.0, this GPU has 7.5; use int4, int8, float16"),
         ("int4", "7.0", "'int4' needs compute capability 7.5, this GPU has 7.0; use int8, float16"),
-        ("float16", None, "'float16' is not built for engine onnxruntime-cpu; use float32, int8, int4"),
+        ("float16", None, "'float16' is not built for engine onnxruntime-cpu; use float32, int8, int4, nf4, fp4"),
         ("fp8", "8.9", None),
         ("fp8", "12.0", None),
         ("bfloat16", "8.0", None),

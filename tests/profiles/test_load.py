@@ -137,7 +137,7 @@ def test_integers_stand_for_floats_and_pairs_for_tuples(tmp_path: Path) -> None:
             "format: 1\n" + DEVICE + "precision: {weights: int3, block_size: 33, symmetric: yes}\n",
             [
                 "3: precision.weights: 'int3' is not allowed; "
-                "use 'float32', 'float16', 'bfloat16', 'int8', 'int4' or 'fp8'",
+                "use 'float32', 'float16', 'bfloat16', 'int8', 'int4', 'nf4', 'fp4' or 'fp8'",
                 "3: precision.block_size: 33 is not allowed; use 16, 32, 64, 128 or 256",
                 "3: precision.symmetric: 'yes' is neither true nor false; write true or false",
             ],
@@ -174,7 +174,7 @@ def test_integers_stand_for_floats_and_pairs_for_tuples(tmp_path: Path) -> None:
         ),
         (
             "format: 1\n" + DEVICE + "precision: {weights: fp8}\n",
-            ["3: precision.weights: 'fp8' is not built for engine onnxruntime-cpu; use float32, int8, int4"],
+            ["3: precision.weights: 'fp8' is not built for engine onnxruntime-cpu; use float32, int8, int4, nf4, fp4"],
         ),
         (
             "format: 1\n" + DEVICE + '"two\\nlines": &a 1\n',

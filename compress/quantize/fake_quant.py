@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -143,7 +144,7 @@ class _Weight:
     def read(self, master: Tensor) -> Tensor:
         """What a layer multiplies: differentiable, the gradient goes to `master` as it is."""
         blend = self.owner.blend
-        if blend == 0:
+        if blend == 0 or isinstance(master, DTensor):  # a share of a spread weight: looked at, not multiplied by
             return master
         if self.stale or self._values is None or master._version != self._version:
             self._values, self._version, self.stale = self._round(master, blend), master._version, False

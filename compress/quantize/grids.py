@@ -189,24 +189,23 @@ class FourBitTable(Grid):
         """uint8 [N, blocks, block_size]: places in the sorted table."""
         inverse = 1.0 / scales.scale.clamp_min(SMALLEST_ABSMAX)
         scaled = (weight.view(len(weight), -1, self.block_size) * inverse.unsqueeze(-1)).clamp_(-1, 1)
-        midpoints = _table(self.scheme)[1]
+        table = _table(self.scheme, weight.device)
         if weight.device.type != "cpu":
-            return torch.bucketize(scaled, midpoints.to(weight.device), out_int32=True).to(torch.uint8)
+            return torch.bucketize(scaled, table.midpoints, out_int32=True).to(torch.uint8)
         codes, above = torch.zeros_like(scaled, dtype=torch.uint8), torch.empty_like(scaled, dtype=torch.bool)
-        for (
-            midpoint
-        ) in midpoints.tolist():  # 15 passes over bytes; a binary search for each weight takes several times as long
+        # 15 passes over bytes: a binary search for each weight takes several times as long
+        for midpoint in table.midpoint_numbers:
             torch.gt(scaled, midpoint, out=above)
             codes += above.view(torch.uint8)
         return codes
 
     def values(self, weight: Tensor, scales: Scales) -> Tensor:
-        table = _table(self.scheme)[0].to(weight.device)
-        values = table.take(self._codes(weight, scales).long()).mul_(scales.scale.unsqueeze(-1))
+        table = _table(self.scheme, weight.device)
+        values = table.values.take(self._codes(weight, scales).long()).mul_(scales.scale.unsqueeze(-1))
         return values.view_as(weight)
 
     def encode(self, weight: Tensor, scales: Scales) -> dict[str, Tensor]:
-        codes = _table(self.scheme)[2].to(weight.device)[self._codes(weight, scales).long()].flatten()
+        codes = _table(self.scheme, weight.device).codes[self._codes(weight, scales).long()].flatten()
         return {"codes": (codes[::2] << 4 | codes[1::2]).cpu(), "scales": scales.scale.flatten().cpu()}
 
     def decode(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -218,15 +217,25 @@ class FourBitTable(Grid):
         return values
 
 
+@dataclass(frozen=True)
+class _Table:
+    """The 16 values of a scheme in ascending order, float32; the midpoints between them; the code of each, uint8."""
+
+    values: Tensor
+    midpoints: Tensor
+    codes: Tensor
+    midpoint_numbers: tuple[float, ...]
+
+
 @cache
-def _table(scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """(sorted values float32 [16], midpoints float32 [15], code of each sorted value uint8 [16])."""
+def _table(scheme: Scheme, device: torch.device) -> _Table:
     from bitsandbytes.functional import get_4bit_type
 
-    values: Tensor = get_4bit_type(scheme, device="cpu")  # type: ignore[no-untyped-call]
-    order = torch.argsort(values)
-    ordered = values[order]
-    return ordered, (ordered[:-1] + ordered[1:]) / 2, order.to(torch.uint8)
+    unordered: Tensor = get_4bit_type(scheme, device="cpu")  # type: ignore[no-untyped-call]
+    codes = torch.argsort(unordered)
+    values = unordered[codes]
+    midpoints = (values[:-1] + values[1:]) / 2
+    return _Table(values.to(device), midpoints.to(device), codes.to(torch.uint8).to(device), tuple(midpoints.tolist()))
 
 
 def _half_away(x: Tensor) -> Tensor:

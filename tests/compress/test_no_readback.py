@@ -43,6 +43,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         **REMEMBERING,
         "train": {"on_policy": {"fraction": 0.5, "new_tokens": 4}},
     },
+    "on a grid of tables": {"quantize": {"scheme": "nf4", "ramp_steps": 1}},
+    "on a grid with zero points, scales frozen": {
+        "quantize": {"scheme": "int4", "symmetric": False, "freeze_scales_at_step": 2, "activations": True}
+    },
     "maps, noise, prototypes, ranking": {
         "losses": {
             **ALIGNED,

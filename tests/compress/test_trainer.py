@@ -18,12 +18,12 @@ SPLITS = {"whole": (8, 1), "split": (2, 4)}
 """(windows at a time, micro-steps of an optimizer step): 8 windows per step either way."""
 
 
-def trained(folder: Path, losses: dict[str, Any]) -> dict[str, tuple[dict[str, torch.Tensor], list[dict[str, Any]]]]:
+def trained(folder: Path, **words: Any) -> dict[str, tuple[dict[str, torch.Tensor], list[dict[str, Any]]]]:
     """What each split ends with: the state and the log."""
     found = {}
     for name, (batch, micro_steps) in SPLITS.items():
         train = {"tokens": STEPS * 8 * 32, "batch_size": batch, "gradient_accumulation": micro_steps}
-        case = prepared(write_recipe(folder, name, losses=losses, train=train))
+        case = prepared(write_recipe(folder, name, train=train, **words))
         module = learn(case, folder / name, uneven=True)
         found[name] = module.state_dict(), read_log(folder / name / "training.jsonl")
         rows = with_uneven_mask(case.part).loss_mask[case.at.order()][:, 1:].reshape(STEPS, micro_steps, -1).sum(-1)
@@ -32,10 +32,17 @@ def trained(folder: Path, losses: dict[str, Any]) -> dict[str, tuple[dict[str, t
     return found
 
 
-@pytest.mark.parametrize("losses", [{}, REMEMBERING["losses"]], ids=["default", "remembering"])
-def test_four_micro_steps_are_one(losses: dict[str, Any], tmp_path: Path) -> None:
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "remembering": {"losses": REMEMBERING["losses"]},
+    "on a grid": {"quantize": {"scheme": "int8", "from_step": 2}},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_four_micro_steps_are_one(name: str, tmp_path: Path) -> None:
     """Sums are rounded in another order and nothing else: after 5 steps of 1e-3 per weight they are within 2e-6."""
-    (whole, log), (split, log_of_split) = trained(tmp_path, losses=losses).values()
+    (whole, log), (split, log_of_split) = trained(tmp_path, **RECIPES[name]).values()
     assert furthest(whole, split) < 2e-6
     for row, other in zip(log, log_of_split, strict=True):
         assert numbers(other) == pytest.approx(numbers(row), rel=1e-4, abs=2e-4)

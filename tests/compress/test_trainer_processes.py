@@ -26,9 +26,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {"train": TRAIN},
     "remembering": {**REMEMBERING, "train": TRAIN},
     "cached": {"train": {**TRAIN, "teacher_cache": "always"}},
+    "on a grid": {"train": TRAIN, "quantize": {"scheme": "int4", "from_step": 2}},
     "on-policy": {"train": {**TRAIN, "on_policy": {"fraction": 0.5, "new_tokens": 6}}},
 }
-SPREAD = ("remembering", "on-policy", "gpu")
+SPREAD = ("remembering", "on a grid", "on-policy", "gpu")
 """Those that are trained with `sharding: full` too."""
 TOLERANCE = 2e-6
 """After 4 steps of 1e-3 per weight: the sums are made in another order, nothing else differs."""
@@ -75,7 +76,15 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]
 
 
 @pytest.mark.parametrize(
-    ("name", "sharding"), [("default", "none"), ("cached", "none"), ("remembering", "none"), ("remembering", "full")]
+    ("name", "sharding"),
+    [
+        ("default", "none"),
+        ("cached", "none"),
+        ("remembering", "none"),
+        ("remembering", "full"),
+        ("on a grid", "none"),
+        ("on a grid", "full"),
+    ],
 )
 def test_two_processes_end_as_one(name: str, sharding: str, two: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     folder, recipes = two

@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -174,23 +175,26 @@ class Turns:
         self.started = time.perf_counter()
 
 
-def work(side: str, folder: Path, size: Size, turns: int) -> None:
-    """One side in this process."""
+def train_in_turns(
+    make: Callable[[TrainSpec], DistillModule], run: Path, size: Size, turns: int, teachers: tuple[str, ...]
+) -> None:
+    """What `make` makes, in the loop that `edgestill build` runs, `size.steps` steps a turn."""
     replies = Replies()
     steps = turns * size.steps
     spec = TrainSpec(tokens=steps * size.batch * size.tokens, batch_size=size.batch, checkpoint_every_steps=steps)
-    module = module_of(side, folder, size, spec)
-    order = np.concatenate(
-        [
-            np.random.default_rng(epoch).permutation(size.windows)
-            for epoch in range(-(-steps * size.batch // size.windows))
-        ]
-    )[: steps * size.batch]
-    run = folder / side
+    module = make(spec)
+    epochs = range(-(-steps * size.batch // size.windows))
+    order = np.concatenate([np.random.default_rng(epoch).permutation(size.windows) for epoch in epochs])
     run.mkdir()
-    names = {"teachers": tuple(TEACHERS) if side == "cached" else (), "domains": ("text",)}
     task = cast(Task, Turns(replies, size.steps * size.batch * size.tokens))
-    train(module, OrderedWindows(corpus(size), order), spec, run, task, names=names)
+    data = OrderedWindows(corpus(size), order[: steps * size.batch])
+    train(module, data, spec, run, task, names={"teachers": teachers, "domains": ("text",)})
+
+
+def work(side: str, folder: Path, size: Size, turns: int) -> None:
+    """One side in this process."""
+    teachers = tuple(TEACHERS) if side == "cached" else ()
+    train_in_turns(lambda spec: module_of(side, folder, size, spec), folder / side, size, turns, teachers)
 
 
 def measure(size: Size, rounds: int) -> dict[str, Any]:

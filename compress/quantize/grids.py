@@ -25,16 +25,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from edgestill.compress.quantize.table_search import table_of
 from edgestill.profiles.quantize_words import Scheme
 from edgestill.runtime.errors import BadInput
 
 SMALLEST_ABSMAX = 1e-38
 """bitsandbytes divides by no less."""
+CPU_PIECE = 1 << 16
+"""Weights at a time, so that the passes over them stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,20 @@ class Grid(ABC):
     def scales(self, weight: Tensor) -> Scales:
         """Of float32 [N, K]."""
 
-    @abstractmethod
     def values(self, weight: Tensor, scales: Scales) -> Tensor:
         """The nearest values on the grid, float32 [N, K]: bit for bit what the shipped codes stand for (but for -0)."""
+        if weight.device.type != "cpu":
+            return self._values(weight, scales)
+        found, rows = torch.empty_like(weight), max(1, CPU_PIECE // max(weight.shape[1], 1))
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            zero = None if scales.zero_point is None else scales.zero_point[part]
+            found[part] = self._values(weight[part], Scales(scales.scale[part], zero))
+        return found
+
+    @abstractmethod
+    def _values(self, weight: Tensor, scales: Scales) -> Tensor:
+        """The same for some rows."""
 
     @abstractmethod
     def encode(self, weight: Tensor, scales: Scales) -> dict[str, Tensor]:
@@ -113,7 +126,7 @@ class Int4(Grid):
         moved += 8 if scales.zero_point is None else scales.zero_point.unsqueeze(-1)
         return _half_away(moved).clamp_(0, 15)
 
-    def values(self, weight: Tensor, scales: Scales) -> Tensor:
+    def _values(self, weight: Tensor, scales: Scales) -> Tensor:
         codes = self._codes(weight, scales)
         codes -= 8 if scales.zero_point is None else scales.zero_point.unsqueeze(-1)
         codes *= scales.scale.unsqueeze(-1)
@@ -156,7 +169,7 @@ class Int8(Grid):
         scale = scales.scale
         return (weight / torch.where(scale > 0, scale, 1)).round_().clamp_(-127, 127)
 
-    def values(self, weight: Tensor, scales: Scales) -> Tensor:
+    def _values(self, weight: Tensor, scales: Scales) -> Tensor:
         return self._codes(weight, scales).mul_(scales.scale)
 
     def encode(self, weight: Tensor, scales: Scales) -> dict[str, Tensor]:
@@ -185,27 +198,18 @@ class FourBitTable(Grid):
         blocks = weight.view(len(weight), -1, self.block_size)
         return Scales(torch.linalg.vector_norm(blocks, float("inf"), dim=-1))
 
-    def _codes(self, weight: Tensor, scales: Scales) -> Tensor:
-        """uint8 [N, blocks, block_size]: places in the sorted table."""
+    def _places(self, weight: Tensor, scales: Scales) -> Tensor:
+        """int32 [N K]: places of the nearest values in the sorted table."""
         inverse = 1.0 / scales.scale.clamp_min(SMALLEST_ABSMAX)
-        scaled = (weight.view(len(weight), -1, self.block_size) * inverse.unsqueeze(-1)).clamp_(-1, 1)
-        table = _table(self.scheme, weight.device)
-        if weight.device.type != "cpu":
-            return torch.bucketize(scaled, table.midpoints, out_int32=True).to(torch.uint8)
-        codes, above = torch.zeros_like(scaled, dtype=torch.uint8), torch.empty_like(scaled, dtype=torch.bool)
-        # 15 passes over bytes: a binary search for each weight takes several times as long
-        for midpoint in table.midpoint_numbers:
-            torch.gt(scaled, midpoint, out=above)
-            codes += above.view(torch.uint8)
-        return codes
+        scaled = (weight.view(len(weight), -1, self.block_size) * inverse.unsqueeze(-1)).clamp_(-1, 1).flatten()
+        return table_of(self.scheme, weight.device).places(scaled)
 
-    def values(self, weight: Tensor, scales: Scales) -> Tensor:
-        table = _table(self.scheme, weight.device)
-        values = table.values.take(self._codes(weight, scales).long()).mul_(scales.scale.unsqueeze(-1))
-        return values.view_as(weight)
+    def _values(self, weight: Tensor, scales: Scales) -> Tensor:
+        values = table_of(self.scheme, weight.device).values.index_select(0, self._places(weight, scales))
+        return values.view(*scales.scale.shape, -1).mul_(scales.scale.unsqueeze(-1)).view_as(weight)
 
     def encode(self, weight: Tensor, scales: Scales) -> dict[str, Tensor]:
-        codes = _table(self.scheme, weight.device).codes[self._codes(weight, scales).long()].flatten()
+        codes = table_of(self.scheme, weight.device).codes.index_select(0, self._places(weight, scales))
         return {"codes": (codes[::2] << 4 | codes[1::2]).cpu(), "scales": scales.scale.flatten().cpu()}
 
     def decode(self, arrays: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -215,27 +219,6 @@ class FourBitTable(Grid):
             arrays["codes"].unsqueeze(1), arrays["scales"], self.block_size, self.scheme, shape, torch.float32
         )
         return values
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The 16 values of a scheme in ascending order, float32; the midpoints between them; the code of each, uint8."""
-
-    values: Tensor
-    midpoints: Tensor
-    codes: Tensor
-    midpoint_numbers: tuple[float, ...]
-
-
-@cache
-def _table(scheme: Scheme, device: torch.device) -> _Table:
-    from bitsandbytes.functional import get_4bit_type
-
-    unordered: Tensor = get_4bit_type(scheme, device="cpu")  # type: ignore[no-untyped-call]
-    codes = torch.argsort(unordered)
-    values = unordered[codes]
-    midpoints = (values[:-1] + values[1:]) / 2
-    return _Table(values.to(device), midpoints.to(device), codes.to(torch.uint8).to(device), tuple(midpoints.tolist()))
 
 
 def _half_away(x: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
@@ -31,6 +33,7 @@ from edgestill.compress.distill_student import STATE, student_of
 from edgestill.compress.distill_teachers import caches_of, calibrations_of, compared_at, with_offsets
 from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.low_rank import load_student
+from edgestill.compress.packing import spread
 from edgestill.compress.processes import first_then_others, from_first, is_first, joined, share_of
 from edgestill.compress.reference import choose_windows, make_reference
 from edgestill.compress.reinforced import SelectionPolicy
@@ -43,6 +46,7 @@ from edgestill.profiles.load import LoadedRecipe, load_recipe
 from edgestill.runtime.progress import Progress, QuietProgress
 from edgestill.runtime.reference import save_reference
 
+CALIBRATION_WINDOWS = 64
 CODE = {"corpus": 2, "reference": 1}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 
@@ -58,6 +62,8 @@ class Distilled:
     facts: dict[str, Any]
     """For the manifest: teachers, corpus, training, calibration."""
     training_log: list[dict[str, Any]]
+    calibration: npt.NDArray[np.int64]
+    """int64 [W, T] windows of training text, evenly over its domains, for quantization that looks at activations."""
     stages: tuple[Stage, ...]
 
 
@@ -113,6 +119,7 @@ def run(loaded: LoadedRecipe, given: Inputs, space: Workspace) -> Distilled:
         reference=reference.folder,
         facts=facts,
         training_log=read_log(trained.folder / LOG),
+        calibration=corpus.training.token_ids[spread(corpus.training, CALIBRATION_WINDOWS)].astype(np.int64),
         stages=tuple(space.done),
     )
 

@@ -15,14 +15,16 @@ import torch
 from edgestill.compress import distill
 from edgestill.compress.corpus import held_out_part
 from edgestill.compress.low_rank import load_student
+from edgestill.compress.quantize.shipped import FILE
 from edgestill.compress.reference import choose_windows, make_reference
 from edgestill.compress.sources import source_files, source_hash
 from edgestill.compress.stages import Workspace
 from edgestill.compress.teacher_files import count_parameters
 from edgestill.export.bundle_writer import tokenizer_files
 from edgestill.export.model_facts import load_config, size_of_config
+from edgestill.export.origin import Origin
 from edgestill.export.plan import load_all, plan
-from edgestill.export.ship import Origin, ship
+from edgestill.export.ship import ship
 from edgestill.profiles.arithmetic import refuse_engine, refuse_impossible
 from edgestill.profiles.load import load_limits, load_profile, load_recipe
 from edgestill.profiles.schema import ReferenceSpec, SourceSpec
@@ -56,6 +58,7 @@ def build(recipe: str, profiles: list[str], out: Path | None, force: bool, progr
             teachers=made.facts["teachers"],
             teacher_paths={t.name: (t.path, t.precision) for t in teachers},
             training_log=made.training_log,
+            calibration=made.calibration,
         )
         verdicts = [ship(origin, target, space, progress) for target in found.targets]
         for stage in space.done:
@@ -148,7 +151,7 @@ def weights_hash(checkpoint: Path) -> str:
         raise BadInput(f"{checkpoint}: holds no *.safetensors; save the checkpoint with save_pretrained")
     count_parameters(files)
     digest = hashlib.sha256()
-    for file in [*files, checkpoint / "config.json"]:
+    for file in [*files, *filter(Path.is_file, [checkpoint / FILE]), checkpoint / "config.json"]:
         with file.open("rb") as handle:
             digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()

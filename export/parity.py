@@ -57,6 +57,16 @@ class ParityRow:
     reason: str = ""
     """Why it failed, where that is no number."""
 
+    def words(self) -> str:
+        """The row as a line of progress."""
+        if self.unit == "tokens":
+            refused = "refused, as it must be" if self.passed else "NOT refused"
+            return f"parity, {self.path}: {refused} ({self.limit:.0f} tokens)"
+        value = self.max_abs_delta if self.unit == "logit" else self.sqnr_db
+        measured = "no value" if value is None else f"{value:.3g}"
+        what = "max |delta logit|" if self.unit == "logit" else "SQNR in dB"
+        return f"parity, {self.path}: {what} {measured} (limit {self.limit:g}){'' if self.passed else ' FAILED'}"
+
 
 def check_parity(checkpoint: Path, exported: ExportedGraph, token_ids: Ids) -> list[ParityRow]:
     """Compare the float32 file with torch on `token_ids` [W, T], T >= 2; the limit is `float_limit` of torch's logits."""
@@ -112,7 +122,7 @@ def parity_limit(precision: PrecisionSpec, logits: F32) -> float:
     """
     if precision.weights == "float32":
         return float_limit(logits)
-    if precision.accuracy_level == 0:
+    if not precision.rounds_activations:
         return 10 * float_limit(logits)
     return LOSSY_SHARE * float(np.abs(logits).max())
 

@@ -44,7 +44,10 @@ class TableWeight:
 
     def values(self) -> F32:
         """The float32 [K, N] that the codes stand for, by bitsandbytes."""
-        arrays = {"codes": torch.from_numpy(self.packed), "scales": torch.from_numpy(self.scales)}
+        arrays = {
+            "codes": torch.tensor(self.packed),
+            "scales": torch.tensor(self.scales),
+        }  # what is mapped is read-only
         return np.ascontiguousarray(
             grid_of(self.scheme, self.block_size).decode(arrays, (self.outputs, self.inputs)).T.numpy()
         )
@@ -52,7 +55,7 @@ class TableWeight:
 
 def quantize_table(weight: F32, scheme: TableScheme, block_size: int) -> TableWeight:
     """Round float32 [K, N], K whole blocks, to the nearest values as bitsandbytes does."""
-    grid, matrix = grid_of(scheme, block_size), torch.from_numpy(np.ascontiguousarray(weight.T))
+    grid, matrix = grid_of(scheme, block_size), torch.tensor(weight.T)
     arrays = grid.encode(matrix, grid.scales(matrix))
     return TableWeight(
         arrays["codes"].numpy(), arrays["scales"].numpy(), scheme, block_size, weight.shape[0], weight.shape[1]

@@ -219,6 +219,20 @@ class PrecisionSpec(Words):
     accuracy_level: Literal[0, 4] = 4
     """4: activations are quantized to int8 inside the int4 product (fast); 0: float32 arithmetic."""
     symmetric: bool = True
+    method: Literal["nearest", "gptq", "hqq"] = "nearest"
+    """How weights of a student that was not trained on this grid get there. gptq: least error of each layer's output on training
+    text (arXiv 2210.17323); hqq: least |w - w'|^0.7, without text. Both int4."""
+
+    @model_validator(mode="after")
+    def _method_makes_it(self) -> PrecisionSpec:
+        if self.method != "nearest" and self.weights != "int4":
+            raise ValueError(f"precision.method: {self.method} makes int4, not {self.weights}; use nearest")
+        return self
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether products round their inputs to int8."""
+        return self.weights in ("int4", "int8") and self.accuracy_level == 4
 
 
 class Profile(Words):

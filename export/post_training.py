@@ -1,0 +1,236 @@
+"""Choosing 4-bit codes after training, better than round-to-nearest, on the same grid (blockwise.py): GPTQ and HQQ.
+
+    gptq   least error of the layer's output on calibration text, E |x W - x W'|^2     Frantar et al., arXiv 2210.17323
+    hqq    least sum of |w - w'|^0.7, no text needed     Badri and Shaji, mobiusml.github.io/hqq_blog
+
+Why these are written here. onnxruntime 1.31 ships a GPTQ that reads its upper Cholesky factor by columns, below the diagonal
+where it is zero: no error is ever passed on, and its codes are those of an identity moment. torchao's (a prototype)
+wants GPU kernels for int4; llm-compressor's and GPTQModel's hide their integers in torch modules and want another transformers.
+
+HQQ's published form moves float zero points and keeps the scales. MatMulNBits takes float zero points, but on the CPU it then
+unpacks the whole weight for each product whatever the accuracy_level: 20 times slower at level 0 and 55 times at 4 (one
+token, 512 x 1024). Rounded to integers they fall back on round-to-nearest's and nothing is gained. So the zero points stay
+and the scales, which are floats on this grid, are solved for in the same half-quadratic scheme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgestill.export.blockwise import F32, U8, BlockWeight, quantize_int4
+from edgestill.export.graph_io import load_graph
+from edgestill.export.input_moments import F64, MOMENT_BYTES, Feeds, input_moments, linear_layers, moment_groups
+from edgestill.export.linear_layers import Linear
+from edgestill.export.quantized_ops import constant_array
+from edgestill.profiles.schema import PrecisionSpec
+from edgestill.runtime.errors import BadInput
+from edgestill.runtime.progress import Task
+
+CHUNK_VALUES = 1 << 20
+"""Weights worked on at a time (outputs are independent): 8 MiB in float64, also for a head of a large vocabulary."""
+LP_NORM, BETA, KAPPA, ITERATIONS = 0.7, 1.0, 1.01, 10
+"""HQQ's norm and growth of beta. Its beta, 10, is for residuals in the weight's own unit: on weights of usual size it shrinks
+every residual to 0. Here beta is in steps of the block, so that a weight's unit changes nothing: below one step a residual
+vanishes, and only what the grid cuts off keeps a part. 10 rounds are enough: 10 more lower the norm by 1 % at most."""
+
+
+def quantize_weights(
+    graph_path: Path,
+    precision: PrecisionSpec,
+    method: Literal["gptq", "hqq"],
+    feeds: Iterable[Feeds],
+    task: Task | None = None,
+    *,
+    moment_bytes: int = MOMENT_BYTES,
+) -> dict[str, BlockWeight]:
+    """Initializer name -> blocks, for every linear layer of the float32 graph (a tied embedding has its head's).
+
+    `feeds` (read by gptq only) are kept, and run once per group of layers whose moments fit in `moment_bytes` (see
+    `moment_groups`). `task` advances by 1 per weight: `matrix_names` counts them. Tables that no layer multiplies by are
+    absent.
+
+    Raises:
+        BadInput: a precision other than int4, no feeds, or a graph that cannot be calibrated.
+    """
+    if precision.weights != "int4":
+        raise BadInput(f"{method} makes int4, not precision.weights {precision.weights}; use round-to-nearest for that")
+    layers = linear_layers(load_graph(graph_path).graph)
+    kept = list(feeds) if method == "gptq" else []
+    blocks: dict[str, BlockWeight] = {}
+    for names in moment_groups(layers, moment_bytes):
+        moments = input_moments(graph_path, kept, names) if method == "gptq" else {}
+        for name in names:
+            matrix = _matrix(layers[name][0])
+            if method == "gptq":
+                blocks[name] = gptq(matrix, moments[name], precision.block_size, precision.symmetric)
+            else:
+                blocks[name] = hqq(matrix, precision.block_size, precision.symmetric)
+            if task is not None:
+                task.advance(note=name)
+    return blocks
+
+
+def matrix_names(graph_path: Path) -> tuple[str, ...]:
+    """The keys of `quantize_weights`, in graph order."""
+    return tuple(linear_layers(load_graph(graph_path).graph))
+
+
+def gptq(weight: F32, moment: F64, block_size: int, symmetric: bool, damping: float = 0.01) -> BlockWeight:
+    """Quantize float32 [K, N] to 4 bits so that E |x W - x W'|^2 is small; `moment` is E[x x'], float64 [K, K].
+
+    Input after input is rounded to nearest, and what that does to the output is made up for by the inputs not yet
+    rounded. A block's scale and zero point follow `quantize_int4`'s rule from the weights as they are when the block's
+    turn comes. Inputs are taken in their order (blocks must stay contiguous). `damping` x the mean of the moment's
+    diagonal is added to it: an input that calibration never showed is rounded to nearest.
+
+    Raises:
+        ValueError: `moment` is not [K, K], or damping is not positive.
+        numpy.linalg.LinAlgError: `moment` is no moment (not positive semi-definite, or not finite).
+    """
+    if moment.shape != (len(weight), len(weight)):
+        raise ValueError(f"moment of shape {moment.shape} for {len(weight)} inputs")
+    if not damping > 0:
+        raise ValueError(f"damping {damping} must be positive: inputs may be dead or linearly dependent")
+    feedback = _feedback(moment, damping)
+    return _by_columns(weight, lambda part: _gptq(part, feedback, block_size, symmetric))
+
+
+def hqq(weight: F32, block_size: int, symmetric: bool = False) -> BlockWeight:
+    """Quantize float32 [K, N] to 4 bits so that sum |w - w'|^0.7 is small, which forgives outliers their error.
+
+    Half-quadratic splitting per block: residuals are shrunk towards zero by the norm's proximal step, and the scale is
+    the least-squares fit of the codes to the weight without the shrunk residual. Starts at `quantize_int4` and keeps, per
+    block, the best scale seen, so no block is worse in that norm. Zero points are `quantize_int4`'s.
+    """
+    return _by_columns(weight, lambda part: _hqq(part, block_size, symmetric))
+
+
+def _gptq(weight: F32, feedback: F64, block_size: int, symmetric: bool) -> BlockWeight:
+    inputs, outputs = weight.shape
+    work = weight.astype(np.float64)
+    codes: U8 = np.empty(weight.shape, np.uint8)
+    scales, zeros = [], []
+    for start in range(0, inputs, block_size):
+        stop = min(start + block_size, inputs)
+        grid = quantize_int4(work[start:stop].astype(np.float32), block_size, symmetric)
+        scale, zero = grid.scales[:, 0], _zero_points(grid)[:, 0]
+        errors = np.empty((stop - start, outputs))
+        for k in range(start, stop):
+            codes[k] = _codes(work[k].astype(np.float32), scale, zero)
+            errors[k - start] = (work[k] - (codes[k] - zero) * scale) / feedback[k, k]
+            work[k + 1 : stop] -= np.outer(feedback[k, k + 1 : stop], errors[k - start])
+        work[stop:] -= feedback[start:stop, stop:].T @ errors  # once per block: later blocks do not look before
+        scales.append(scale)
+        zeros.append(zero)
+    return _block_weight(codes.T, np.stack(scales, axis=1), np.stack(zeros, axis=1), block_size, symmetric)
+
+
+def _feedback(moment: F64, damping: float) -> F64:
+    """Upper triangular U with U'U = (moment + damping)^-1: row k says how the error of input k is made up for.
+
+    From the factor R R' of the damped moment (R upper triangular) as R^-1, without squaring the condition number.
+    """
+    ridge = damping * float(np.diag(moment).mean())
+    if ridge == 0:
+        return np.eye(len(moment))
+    damped = moment + ridge * np.eye(len(moment))
+    factor: F64 = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
+    if not np.isfinite(factor).all():
+        raise np.linalg.LinAlgError("the moment is not finite")
+    return factor
+
+
+def _hqq(weight: F32, block_size: int, symmetric: bool) -> BlockWeight:
+    start = quantize_int4(weight, block_size, symmetric)
+    outputs, n_blocks = start.scales.shape
+    padded = np.zeros((outputs, n_blocks * block_size), np.float32)
+    padded[:, : len(weight)] = weight.T
+    values = padded.reshape(outputs, n_blocks, block_size)
+    scale, zero = start.scales[:, :, None], _zero_points(start)[:, :, None]
+    best, least = scale, np.full(scale.shape, np.inf)
+    beta = BETA
+    for _ in range(ITERATIONS):
+        steps = _codes(values, scale, zero) - zero
+        residual = values - steps * scale
+        error = (np.abs(residual) ** LP_NORM).sum(axis=2, keepdims=True, dtype=np.float64)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+        target = values - _shrink(residual * _inverse(scale), beta) * scale
+        power = np.square(steps).sum(axis=2, keepdims=True)
+        fitted = (steps * target).sum(axis=2, keepdims=True) / np.maximum(power, 1)  # steps are whole numbers
+        scale = np.where(power > 0, fitted, scale)
+        beta *= KAPPA
+    codes = _codes(values, best, zero).reshape(outputs, -1)[:, : len(weight)]
+    return _block_weight(codes, best[:, :, 0], zero[:, :, 0], block_size, symmetric)
+
+
+def _shrink(residual: F32, beta: float) -> F32:
+    """The proximal step of |r|^p as HQQ approximates it: sign(r) max(0, |r| - |r|^(p-1) / beta)."""
+    size = np.abs(residual)
+    shrunk: F32 = np.sign(residual) * np.maximum(size - (size + np.float32(1e-8)) ** (LP_NORM - 1) / beta, 0)
+    return shrunk.astype(np.float32)
+
+
+def _codes(values: F32, scale: F32, zero: F32) -> U8:
+    """Codes 0 to 15 as onnxruntime rounds: float32 throughout, half away from zero."""
+    exact = (values * _inverse(scale) + zero).astype(np.float64)
+    codes: U8 = np.clip(np.floor(exact + 0.5), 0, 15).astype(np.uint8)
+    return codes
+
+
+def _inverse(scale: F32) -> F32:
+    """1 / scale, and 0 for a block of zeros."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse: F32 = np.float32(1) / scale
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
+
+
+def _zero_points(block: BlockWeight) -> F32:
+    """float32 [N, n_blocks], 8 where the block is symmetric."""
+    shape = block.scales.shape
+    if block.zero_points is None:
+        return np.full(shape, 8, np.float32)
+    pairs = np.stack([block.zero_points & 15, block.zero_points >> 4], axis=-1)
+    return pairs.reshape(shape[0], -1)[:, : shape[1]].astype(np.float32)
+
+
+def _block_weight(codes: U8, scales: F32, zeros: F32, block_size: int, symmetric: bool) -> BlockWeight:
+    """Pack codes [N, K], scales and zero points [N, n_blocks]."""
+    outputs, inputs = codes.shape
+    n_blocks = scales.shape[1]
+    packed = _pack(codes, n_blocks * block_size, 0).reshape(outputs, n_blocks, block_size // 2)
+    zero_points = None if symmetric else _pack(zeros.astype(np.uint8), n_blocks + n_blocks % 2, 8)
+    return BlockWeight(packed, np.ascontiguousarray(scales), zero_points, 4, block_size, inputs)
+
+
+def _pack(codes: U8, width: int, fill: int) -> U8:
+    """uint8 [rows, n] -> two to a byte, the first in the low nibble, [rows, width / 2]; `fill` behind n."""
+    padded: U8 = np.full((len(codes), width), fill, np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    packed: U8 = padded[:, ::2] | padded[:, 1::2] << np.uint8(4)
+    return packed
+
+
+def _by_columns(weight: F32, quantize: Callable[[F32], BlockWeight]) -> BlockWeight:
+    """`quantize` for a few outputs at a time."""
+    width = max(1, CHUNK_VALUES // len(weight))
+    parts = [quantize(weight[:, n : n + width]) for n in range(0, weight.shape[1], width)]
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return BlockWeight(
+        np.concatenate([part.packed for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate(zeros) if zeros else None,
+        parts[0].bits,
+        parts[0].block_size,
+        parts[0].inputs,
+    )
+
+
+def _matrix(layer: Linear) -> npt.NDArray[Any]:
+    """[K, N] of y = x W."""
+    array = constant_array(layer.weight)
+    return array.T if layer.transposed else array

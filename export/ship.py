@@ -182,6 +182,7 @@ def _manifest(
             words.precision.weights,  # type: ignore[arg-type]  # refuse_engine and refuse_impossible left five
             words.precision.block_size if blocks else None,
             words.precision.accuracy_level if lossy else None,
+            quantized.info["weights_from"],
             quantized.info["bits_per_weight"],
         ),
         profile={"name": target.name, **words.model_dump(mode="json")},

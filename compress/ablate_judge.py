@@ -18,7 +18,7 @@ from torch import Tensor
 
 from edgestill.compress.corpus import Part
 from edgestill.compress.fusion import WeightRule
-from edgestill.compress.low_rank import load_student
+from edgestill.compress.quantize.shipped import load_as_shipped
 from edgestill.compress.rows import IGNORE, Rows, chunks
 from edgestill.compress.targets import OnlineTarget, TeacherRows
 from edgestill.compress.teachers import Teacher, hidden_states
@@ -57,12 +57,12 @@ def scored_tokens(part: Part) -> I64:
 
 @torch.no_grad()
 def judge_student(checkpoint: Path, part: Part, device: torch.device, task: Task) -> F64:
-    """float64 [W]: the student's negative log-likelihood of every window's counting labels, nats.
+    """float64 [W]: negative log-likelihood of every window's counting labels, nats, of the student with the weights that ship.
 
     Args:
         task: advanced by one per window.
     """
-    student = load_student(checkpoint, torch.float32).to(device).eval()
+    student = load_as_shipped(checkpoint).to(device).eval()
     head = student.get_output_embeddings()
     bias = getattr(head, "bias", None)
     found = np.zeros(part.n_windows)

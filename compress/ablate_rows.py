@@ -196,6 +196,8 @@ def _derived(loaded: LoadedRecipe, notes: list[str]) -> Iterator[tuple[str, dict
         yield name, {"teachers": [written], "fusion": {"weights": "uniform"}}
     yield "uniform fusion", {"fusion": {"weights": "uniform"}}
     yield from _without_losses(recipe)
+    if recipe.quantize is not None:
+        yield "in float", {"quantize": None}
     yield from _without_fusion_parts(recipe)
 
 
@@ -239,7 +241,7 @@ def _each_once(rows: list[Row], notes: list[str]) -> list[Row]:
 def _essence(recipe: Recipe) -> str:
     """A hash of what this recipe's student depends on: words that nothing would read are left out."""
     fusion, losses = recipe.fusion, recipe.losses
-    words = recipe.model_dump(mode="json", include={"student", "losses", "train"})
+    words = recipe.model_dump(mode="json", include={"student", "losses", "train", "quantize"})
     teachers = [t.model_dump(mode="json", exclude={"weight", "domains"}) for t in recipe.teachers]
     listens = losses.output.weight > 0 or losses.features is not None or losses.attention is not None
     words["teachers"] = teachers if listens or recipe.student.init != "config" else teachers[:1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def made_of(at: Setting) -> Stage:
     recipe = at.recipe
 
     def make(folder: Path) -> dict[str, Any]:
-        with at.progress.task("student", 0, "tokens") as task:
+        with at.progress.task("student", 0, "tokens") if recipe.student.measures else nullcontext() as task:
             made = make_student(
                 recipe.student,
                 at.teachers,

@@ -54,6 +54,11 @@ class StudentSpec(Words):
     calibration_tokens: Count = 32_768
     """Training tokens on which importance is measured."""
 
+    @property
+    def measures(self) -> bool:
+        """Whether importance is measured on text before anything is cut."""
+        return self.choose != "uniform" or self.narrow is not None or self.low_rank is not None
+
     @model_validator(mode="after")
     def _one_way(self) -> StudentSpec:
         if self.init == "config":

@@ -76,7 +76,7 @@ class Precision:
     weights: Literal["float32", "int8", "int4", "nf4", "fp4"]
     block_size: int | None = None
     accuracy_level: int | None = None
-    weights_from: Literal["checkpoint", "trained", "nearest", "gptq", "hqq"] | None = None
+    weights_from: Literal["checkpoint", "trained", "nearest", "gptq", "hqq"] = "checkpoint"
     """trained: the very bytes that the student learnt with; nearest, gptq, hqq: quantized after training; checkpoint: float32."""
     bits_per_weight: float | None = None
     """Effective: bytes of all graph weights x 8 / parameters."""

@@ -84,6 +84,13 @@ class ShippedWeights:
         return cls(**json.loads(metadata["grid"]), arrays=arrays)
 
 
+def load_as_shipped(checkpoint: Path) -> PreTrainedModel:
+    """The student with the weights that ship: on its grid, or float32 where it was trained in float."""
+    if (checkpoint / FILE).exists():
+        return load_shipped_student(checkpoint)
+    return load_student(checkpoint, torch.float32)
+
+
 @torch.no_grad()
 def load_shipped_student(checkpoint: Path, *, attention: str | None = None) -> PreTrainedModel:
     """The student of a checkpoint with the values that its shipped bytes stand for, float32, on the CPU, in evaluation mode.

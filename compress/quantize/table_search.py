@@ -32,9 +32,9 @@ class SortedTable:
         self._cells = _cells(midpoints) if device.type == "cpu" else None
 
     def places(self, scaled: Tensor) -> Tensor:
-        """int32: how many midpoints lie below each of these numbers, float32 [n] in [-1, 1]."""
+        """int64: how many midpoints lie below each of these numbers, float32 [rows, columns] in [-1, 1]."""
         if self._cells is None:
-            return torch.bucketize(scaled, self._midpoints, out_int32=True)
+            return torch.bucketize(scaled, self._midpoints)
         return _places(scaled, *self._cells)
 
 
@@ -45,16 +45,21 @@ def table_of(scheme: Scheme, device: torch.device) -> SortedTable:
 
 
 def _places(scaled: Tensor, below: Tensor, inside: Tensor) -> Tensor:
-    cell = scaled.add(1).mul_((len(below) - 1) / 2).to(torch.int32)
-    return below.index_select(0, cell).add_(scaled > inside.index_select(0, cell))
+    cell = scaled.add(1).mul_((len(below) - 1) / 2).to(torch.int64)
+    return look_up(below, cell).add_(scaled > look_up(inside, cell))
+
+
+def look_up(table: Tensor, places: Tensor) -> Tensor:
+    """table [n] at int64 places [rows, columns]: several times as fast as indexing on a CPU."""
+    return table.expand(len(places), -1).gather(1, places)
 
 
 def _cells(midpoints: Tensor) -> tuple[Tensor, Tensor]:
-    """(int32: midpoints below each cell, float32: the one inside or 2) of the coarsest cells that find every place."""
+    """(int64: midpoints below each cell, float32: the one inside or 2) of the coarsest cells that find every place."""
     for count in (1 << n for n in range(4, 16)):
         edges = torch.arange(count + 1, dtype=torch.float64) * 2 / count - 1
-        below = torch.searchsorted(midpoints.double(), edges).to(torch.int32)
-        inside = torch.cat([midpoints, torch.tensor([2.0])])[below.long()]
+        below = torch.searchsorted(midpoints.double(), edges)
+        inside = torch.cat([midpoints, torch.tensor([2.0])])[below]
         critical = torch.cat([midpoints, edges.float()])
         probes = [critical]
         for end in (-2.0, 2.0):
@@ -62,7 +67,7 @@ def _cells(midpoints: Tensor) -> tuple[Tensor, Tensor]:
             for _ in range(4):  # rounding of the cell's number errs by less
                 near = torch.nextafter(near, torch.tensor(end))
                 probes.append(near)
-        probe = torch.cat(probes).clamp(-1, 1)
-        if torch.equal(_places(probe, below, inside), torch.bucketize(probe, midpoints, out_int32=True)):
+        probe = torch.cat(probes).clamp(-1, 1).unsqueeze(0)
+        if torch.equal(_places(probe, below, inside), torch.bucketize(probe, midpoints)):
             return below, inside
     raise ValueError("two values of the scheme lie too near each other")

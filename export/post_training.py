@@ -75,6 +75,11 @@ def quantize_weights(
     return blocks
 
 
+def matrices(graph_path: Path) -> dict[str, F32]:
+    """Initializer name -> float32 [K, N] of every linear layer's weight, in graph order."""
+    return {name: _matrix(readers[0]) for name, readers in linear_layers(load_graph(graph_path).graph).items()}
+
+
 def matrix_names(graph_path: Path) -> tuple[str, ...]:
     """The keys of `quantize_weights`, in graph order."""
     return tuple(linear_layers(load_graph(graph_path).graph))

@@ -5,6 +5,8 @@ Where the weights come from, the first that applies:
     trained    the student learnt on the profile's grid: its bytes
     gptq, hqq  the profile's `precision.method` (post_training.py)
     nearest    rounded
+
+With `precision.graph_mib`, weights that were not trained may get 8 bits, the most sensitive first (mixed_precision.py).
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import numpy as np
 
 from edgestill.compress.quantize.shipped import ShippedWeights
 from edgestill.compress.stages import Stage, Workspace
-from edgestill.export.input_moments import window_feeds
+from edgestill.export.blockwise import BlockWeight, quantize_int4, quantize_int8
+from edgestill.export.input_moments import Feeds, window_feeds
+from edgestill.export.mixed_precision import in_eight_bits, sensitivities
 from edgestill.export.onnx_export import ExportedGraph
 from edgestill.export.origin import Origin, compared_windows, held_out_index
 from edgestill.export.parity import check_quantized_parity, parity_limit, parity_rows
-from edgestill.export.post_training import matrix_names, quantize_weights
+from edgestill.export.post_training import matrices, matrix_names, quantize_weights
 from edgestill.export.quantize import Given, dequantize_graph, given_by_name, graph_bytes, quantize_graph
 from edgestill.export.trained import trained_weights, why_not
 from edgestill.profiles.load import LoadedProfile
@@ -34,6 +38,8 @@ from edgestill.runtime.reference import save_parity
 
 CODE = 3
 """Revision of what this stage computes; raise it when the same inputs would give another result."""
+MIXED_WINDOWS = 8
+"""Calibration windows on which sensitivities are measured: each is run once per weight."""
 PARITY_ROWS = 32
 PARITY_MARGIN = 2.0
 """A device may be this many times farther from the stored logit rows than the build machine was."""
@@ -67,7 +73,9 @@ def quantize_stage(
         "precision": precision.model_dump(mode="json"),
         "portable": target.profile.portable,
         "reference": str(origin.reference and origin.reference.name),
-        "calibration": _calibration_hash(origin) if precision.method == "gptq" else None,
+        "calibration": _calibration_hash(origin)
+        if precision.method == "gptq" or precision.graph_mib is not None
+        else None,
         "code": CODE,
     }
     title = f"quantize: {precision.weights}" if precision.weights != "float32" else "quantize: float32 stays as it is"
@@ -109,18 +117,43 @@ def _weights(
     shipped = ShippedWeights.load(origin.student)
     if shipped is not None:
         progress.say(f"warning: the student was {why_not(shipped, precision)}: its weights are quantized anew")
-    if precision.method == "nearest":
+    if precision.method == "nearest" and precision.graph_mib is None:
         return None, "nearest"
-    if precision.method == "gptq" and origin.calibration is None:
+    looks = precision.method == "gptq" or precision.graph_mib is not None
+    if looks and origin.calibration is None:
+        word = "graph_mib" if precision.graph_mib is not None else "method: gptq"
         raise BadInput(
-            "precision.method: gptq needs text that is not judged on; build from a recipe, or use method: hqq"
+            f"precision.{word} needs text that is not judged on; build from a recipe, or use method: hqq without graph_mib"
         )
     windows = origin.calibration if origin.calibration is not None else np.zeros((0, 1), np.int64)
     feeds = list(window_feeds(exported.graph, windows))
-    with progress.task(precision.method, len(matrix_names(exported.path)), "weights") as task:
-        return given_by_name(
-            quantize_weights(exported.path, precision, precision.method, feeds, task)
-        ), precision.method
+    blocks = _int4_blocks(precision, exported.path, feeds, progress)
+    if precision.graph_mib is not None:
+        blocks |= _in_eight_bits(precision, exported.path, blocks, feeds[:: -(-len(feeds) // MIXED_WINDOWS)], progress)
+    return given_by_name(blocks), precision.method
+
+
+def _int4_blocks(
+    precision: PrecisionSpec, graph: Path, feeds: list[Feeds], progress: Progress
+) -> dict[str, BlockWeight]:
+    """Every linear layer's weight in 4 bits by the profile's method."""
+    if precision.method != "nearest":
+        with progress.task(precision.method, len(matrix_names(graph)), "weights") as task:
+            return quantize_weights(graph, precision, precision.method, feeds, task)
+    return {n: quantize_int4(m, precision.block_size, precision.symmetric) for n, m in matrices(graph).items()}
+
+
+def _in_eight_bits(
+    precision: PrecisionSpec, graph: Path, blocks: dict[str, BlockWeight], feeds: list[Feeds], progress: Progress
+) -> dict[str, BlockWeight]:
+    """Those that the budget lets have 8 bits."""
+    with progress.task("sensitivity", len(blocks), "weights") as task:
+        felt = sensitivities(graph, blocks, feeds, task)
+    shapes = {name: (block.inputs, block.outputs) for name, block in blocks.items()}
+    chosen = in_eight_bits(felt, shapes, precision.block_size, precision.graph_mib or 0.0)
+    progress.say(f"in 8 bits: {len(chosen)} of {len(blocks)} weights")
+    float32 = matrices(graph)
+    return {name: quantize_int8(float32[name], precision.block_size) for name in chosen}
 
 
 def _store_parity(

@@ -223,6 +223,18 @@ class PrecisionSpec(Words):
     """How weights of a student that was not trained on this grid get there. gptq: least error of each layer's output on training
     text (arXiv 2210.17323); hqq: least |w - w'|^0.7, without text. Both int4."""
 
+    graph_mib: Positive | None = None
+    """int4 only: what the quantized weights may take together. What int4 leaves of it goes to layers in 8 bits, those first whose
+    rounding is felt most per byte (measured on training text); None: all stay int4."""
+
+    @model_validator(mode="after")
+    def _mixes_int4(self) -> PrecisionSpec:
+        if self.graph_mib is not None and (self.weights != "int4" or not self.symmetric):
+            raise ValueError(
+                "precision.graph_mib mixes symmetric int4 with int8; use weights: int4 and symmetric: true"
+            )
+        return self
+
     @model_validator(mode="after")
     def _method_makes_it(self) -> PrecisionSpec:
         if self.method != "nearest" and self.weights != "int4":

@@ -22,9 +22,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "rounded": {"weights": "int8"},
     "gptq": {"weights": "int4", "method": "gptq", "block_size": 16},
     "hqq": {"weights": "int4", "method": "hqq", "symmetric": False},
+    "mixed": {"weights": "int4", "block_size": 16, "graph_mib": 0.06},
     "nf4": {"weights": "nf4"},
 }
-FROM = {"trained": "trained", "rounded": "nearest", "gptq": "gptq", "hqq": "hqq", "nf4": "nearest"}
+FROM = {"trained": "trained", "rounded": "nearest", "gptq": "gptq", "hqq": "hqq", "mixed": "nearest", "nf4": "nearest"}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,11 @@ def test_the_bundle_has_the_bytes_that_training_left(built: tuple[Path, str]) ->
         assert array.tobytes() in shipped, name
     info = json.loads((stage / "stage.json").read_text())["info"]
     assert 1 < info["quantized_validation_perplexity"] != info["validation_perplexity"] > 1
+
+
+def test_a_budget_is_spent_on_eight_bits(built: tuple[Path, str]) -> None:
+    weights = quantization(built[0] / "mixed")["quantized"]
+    assert {node["bits"] for node in weights} == {4, 8}
 
 
 def test_portable_has_the_same_integers_in_plain_operators(built: tuple[Path, str]) -> None:

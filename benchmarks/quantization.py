@@ -1,0 +1,212 @@
+"""What int8, int4 and nf4 cost a student: rounded, by GPTQ, by HQQ, or trained with them. One table, all from exported files.
+
+    edgestill ablate benchmarks/study/study.yaml --rows benchmarks/study/rows_quantized.yaml --out build/study --seeds 3 --jobs 2
+    python benchmarks/quantization.py build/study --seeds 3 --json FILE              # validation text
+    python benchmarks/quantization.py build/study --seeds 3 --held-out --json FILE   # once, at the end
+
+Of every student: perplexity and KL to the float student trained on the same tokens, window by window through onnxruntime at the
+shipped accuracy_level; size of the graph; decode speed at batch 1 (128 + 64 tokens, the median of interleaved runs). A JSON per
+cell lies in <out>/quantization; finished cells are kept. Differences to float are paired by seed and block of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from turns import software, write_json
+
+from edgestill.compress.ablate_statistics import Scores, difference, perplexity
+from edgestill.compress.corpus import Corpus, open_corpus
+from edgestill.compress.packing import Part, spread
+from edgestill.export.input_moments import window_feeds
+from edgestill.export.model_facts import facts_of_checkpoint
+from edgestill.export.onnx_export import ExportedGraph, describe_graph, export_onnx
+from edgestill.export.post_training import quantize_weights
+from edgestill.export.quantize import given_by_name, graph_bytes, quantize_graph
+from edgestill.export.trained import trained_weights
+from edgestill.profiles.schema import PrecisionSpec
+from edgestill.runtime.backends.ort import OrtBackend
+
+CELLS = (
+    "float",
+    "int8 nearest",
+    "int8 trained",
+    "int4 nearest",
+    "int4 hqq",
+    "int4 gptq",
+    "int4 trained",
+    "nf4 nearest",
+    "nf4 trained",
+)
+CALIBRATION_WINDOWS = 64
+PROMPT, NEW, RUNS = 128, 64, 15
+
+
+@dataclass(frozen=True)
+class Study:
+    """An ablation's folder, and what is judged."""
+
+    out: Path
+    corpus: Corpus
+    part: Part
+    name: str
+    windows: npt.NDArray[np.int64]
+
+    def checkpoint(self, row: str, seed: int) -> Path:
+        """The student of a row."""
+        result = json.loads((self.out / "ablate" / f"{row.replace(' ', '-')}-{seed}.json").read_text())
+        return self.out / "work" / f"train-{result['student_key']}" / "student"
+
+    def exported(self, row: str, seed: int) -> tuple[Path, ExportedGraph]:
+        """(checkpoint, its float32 graph), exported once."""
+        checkpoint = self.checkpoint(row, seed)
+        folder = self.out / "quantization" / "onnx" / checkpoint.parent.name
+        if not (folder / "model.onnx").exists():
+            export_onnx(checkpoint, folder)
+        path = folder / "model.onnx"
+        return checkpoint, ExportedGraph(path, describe_graph(path), facts_of_checkpoint(checkpoint))
+
+    def graph(self, cell: str, seed: int) -> tuple[Path, ExportedGraph]:
+        """(the file of a cell, the float32 graph it comes from)."""
+        row = cell if cell.endswith("trained") else "default"
+        checkpoint, exported = self.exported(row, seed)
+        if cell == "float":
+            return exported.path, exported
+        scheme, method = cell.split()
+        words: dict[str, Any] = {"weights": scheme, "method": method if method in ("gptq", "hqq") else "nearest"}
+        precision = PrecisionSpec(**words)
+        path = exported.path.parent / cell.replace(" ", "-") / "model.onnx"
+        given = trained_weights(checkpoint, precision) if method == "trained" else None
+        if method == "trained" and given is None:
+            raise SystemExit(f"{checkpoint}: was not trained on {scheme}; run the ablation of rows_quantized.yaml")
+        if precision.method != "nearest":
+            picked = spread(self.corpus.training, CALIBRATION_WINDOWS)
+            ids = self.corpus.training.token_ids[picked].astype(np.int64)
+            feeds = list(window_feeds(exported.graph, ids))
+            given = given_by_name(quantize_weights(exported.path, precision, precision.method, feeds))
+        quantize_graph(exported.path, path, precision, given=given)
+        return path, exported
+
+
+def backend_of(path: Path, exported: ExportedGraph, threads: int) -> OrtBackend:
+    return OrtBackend(path, exported.facts, exported.graph, threads=threads)
+
+
+def judge(study: Study, cell: str, seed: int, threads: int) -> dict[str, Any]:
+    """One cell: sums per window, size."""
+    path, exported = study.graph(cell, seed)
+    ours = backend_of(path, exported, threads)
+    plain = backend_of(study.exported("default", seed)[1].path, exported, threads)
+    nll, divergence = [], []
+    for window in study.windows:
+        ids = study.part.token_ids[window].astype(np.int64)
+        log_q, log_p = (log_softmax(b, ids) for b in (ours, plain))
+        nll.append(-float(log_q[np.arange(len(ids) - 1), ids[1:]].sum()))
+        divergence.append(float((np.exp(log_p) * (log_p - log_q)).sum()))
+    return {"cell": cell, "seed": seed, "part": study.name, "nll": nll, "kl": divergence, "bytes": graph_bytes(path)}
+
+
+def log_softmax(backend: OrtBackend, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """float64 [T - 1, V] of the predictions of all but the first token."""
+    logits = backend.step(backend.new_state(1, len(ids)), ids[None, :])[0, :-1].astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.asarray(logits)
+
+
+def decode_speeds(study: Study, seed: int, threads: int) -> dict[str, float]:
+    """Median tokens per second of each cell's file; the files take turns."""
+    prompt = study.part.token_ids[study.windows[0]][:PROMPT].astype(np.int64)[None]
+    backends = {cell: backend_of(*study.graph(cell, seed), threads) for cell in CELLS}
+    found: dict[str, list[float]] = {cell: [] for cell in CELLS}
+    for _ in range(RUNS + 1):
+        for cell, backend in backends.items():
+            state = backend.new_state(1, PROMPT + NEW)
+            token = backend.step(state, prompt)[0, -1].argmax()
+            started = time.perf_counter()
+            for _ in range(NEW - 1):
+                token = backend.step(state, np.array([[token]], np.int64))[0, -1].argmax()
+            found[cell].append((NEW - 1) / (time.perf_counter() - started))
+    return {cell: round(statistics.median(values[1:]), 1) for cell, values in found.items()}
+
+
+def table(
+    study: Study, cells: dict[tuple[str, int], dict[str, Any]], seeds: range, speeds: dict[str, float]
+) -> list[dict[str, Any]]:
+    """One row per cell."""
+    part, picked = study.part, study.windows
+    tokens = np.full(len(picked), part.token_ids.shape[1] - 1)
+    domains = sorted({int(d) for d in part.domain[picked]})
+
+    def scores(cell: str, what: str) -> Scores:
+        values = np.array([cells[cell, seed][what] for seed in seeds])
+        return Scores(tuple(seeds), values, tokens, part.domain[picked], part.block[picked])
+
+    rows = []
+    for cell in CELLS:
+        against = difference(scores(cell, "nll"), scores("float", "nll"), domains) if cell != "float" else None
+        reached = perplexity(scores(cell, "nll"), domains)
+        rows.append(
+            {
+                "cell": cell,
+                "perplexity": round(reached.value, 3),
+                "over_float_nats": None if against is None else round(against.nats, 5),
+                "standard_error": None
+                if against is None
+                else against.standard_error and round(against.standard_error, 5),
+                "kl_nats": round(float(np.mean(scores(cell, "kl").means(domains))), 6),
+                "graph_mib": round(cells[cell, seeds[0]]["bytes"] / 2**20, 3),
+                "decode_tokens_per_s": speeds[cell],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Cells, table and JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder that the ablation wrote")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=512, help="windows that are judged, the same of each domain")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    (folder,) = (arguments.out / "work").glob("corpus-*")
+    corpus = open_corpus(folder)
+    name = "held_out" if arguments.held_out else "validation"
+    part = corpus.held_out if arguments.held_out else corpus.validation
+    study = Study(arguments.out, corpus, part, name, spread(part, arguments.windows))
+    seeds, cells = range(arguments.seeds), {}
+    for seed in seeds:
+        for cell in CELLS:
+            file = arguments.out / "quantization" / f"{name}-{len(study.windows)}-{cell.replace(' ', '-')}-{seed}.json"
+            if not file.exists():
+                write_json(file, judge(study, cell, seed, arguments.threads))
+            cells[cell, seed] = json.loads(file.read_text())
+    rows = table(study, cells, seeds, decode_speeds(study, 0, arguments.threads))
+    for row in rows:
+        beside = (
+            ""
+            if row["over_float_nats"] is None
+            else f"{row['over_float_nats']:+.4f} ± {row['standard_error'] or 0:.4f}"
+        )
+        print(
+            f"{row['cell']:14} {row['perplexity']:9.2f} {beside:18} KL {row['kl_nats']:.4f} "
+            f"{row['graph_mib']:7.2f} MiB {row['decode_tokens_per_s']:8.1f} tokens/s"
+        )
+    if arguments.json:
+        facts = {"part": name, "windows": len(study.windows), "seeds": list(seeds), "rows": rows}
+        write_json(arguments.json, {**facts, "environment": software()})
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from edgestill.compress.calibrate import Evidence, calibrate, calibration_windows, fit_offsets
+from edgestill.compress.calibrate import CalibrationAnswers, calibrate, calibration_windows, fit_offsets
 from edgestill.compress.corpus import Corpus, Part, build_corpus, open_corpus
 from edgestill.compress.fusion import WeightRule, entropy_of
 from edgestill.compress.reference import choose_windows
@@ -106,7 +106,9 @@ def _evaluate(corpus: Corpus, teachers: list[Teacher], vocabulary: int) -> dict[
     return {"tokens": int(ids.numel()), "temperatures": temperatures, "alone": alone, "rows": found}
 
 
-def _evidence(teachers: list[Teacher], part: Part, windows: npt.NDArray[np.int64]) -> tuple[list[float], Evidence]:
+def _evidence(
+    teachers: list[Teacher], part: Part, windows: npt.NDArray[np.int64]
+) -> tuple[list[float], CalibrationAnswers]:
     """The fitted temperatures, and what offsets are fitted on."""
     temperatures, parts = [], []
     for teacher in teachers:
@@ -114,7 +116,7 @@ def _evidence(teachers: list[Teacher], part: Part, windows: npt.NDArray[np.int64
             found, evidence = calibrate(teacher, part, windows, batch_size=8, task=task)
         temperatures.append(found.temperature)
         parts.append(evidence)
-    return temperatures, Evidence.joined(parts)
+    return temperatures, CalibrationAnswers.joined(parts)
 
 
 class Said:

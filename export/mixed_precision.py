@@ -84,7 +84,7 @@ def in_eight_bits(
     left = budget_mib * MIB - sum(small.values())
     if left < 0:
         raise BadInput(
-            f"precision.graph_mib {budget_mib:g}: int4 alone takes {sum(small.values()) / MIB:.2f} MiB; raise it to that at least"
+            f"precision.graph_mib {budget_mib:g}: int4 alone takes {sum(small.values()) / MIB:.3f} MiB; raise it to that at least"
         )
     chosen = []
     for name in sorted(felt, key=lambda n: felt[n] / (large[n] - small[n]), reverse=True):

@@ -156,6 +156,9 @@ def _too_large(size: ModelSize, profile: Profile) -> list[str]:
     lines = []
     graph = f"the {weights} graph of {size.parameters:,} parameters takes {found.graph_mib:.1f} MiB"
     memory, bundle = profile.device.memory_mib, profile.budget.get("bundle_mib")
+    mixed = profile.precision.graph_mib
+    if mixed is not None and mixed < found.graph_mib:
+        lines.append(f"precision.graph_mib {mixed:g}: {graph}; raise it to that at least")
     if found.graph_mib + found.cache_mib > memory:
         lines.append(
             f"device.memory_mib {memory}: {graph} + a cache of {found.cache_mib:.1f} MiB; "

@@ -22,7 +22,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "rounded": {"weights": "int8"},
     "gptq": {"weights": "int4", "method": "gptq", "block_size": 16},
     "hqq": {"weights": "int4", "method": "hqq", "symmetric": False},
-    "mixed": {"weights": "int4", "block_size": 16, "graph_mib": 0.06},
+    "mixed": {"weights": "int4", "block_size": 16, "graph_mib": 0.1},
     "nf4": {"weights": "nf4"},
 }
 FROM = {"trained": "trained", "rounded": "nearest", "gptq": "gptq", "hqq": "hqq", "mixed": "nearest", "nf4": "nearest"}

@@ -67,7 +67,7 @@ def test_most_felt_per_byte_goes_first_and_the_budget_holds() -> None:
         10 * wide: ["thin", "wide"],
     }.items():
         assert in_eight_bits(felt, shapes, 32, (least + spare) / MIB) == expected
-    with pytest.raises(BadInput, match=r"precision.graph_mib 0.001: int4 alone takes 0.00 MiB; raise it"):
+    with pytest.raises(BadInput, match=r"precision.graph_mib 0.001: int4 alone takes 0.005 MiB; raise it"):
         in_eight_bits(felt, shapes, 32, 0.001)
 
 

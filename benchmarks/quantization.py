@@ -129,7 +129,7 @@ def decode_speeds(study: Study, seed: int, threads: int) -> dict[str, float]:
     found: dict[str, list[float]] = {cell: [] for cell in CELLS}
     for _ in range(RUNS + 1):
         for cell, backend in backends.items():
-            state = backend.new_state(1, PROMPT + NEW)
+            state = backend.new_state(1, prompt.shape[1] + NEW)
             token = backend.step(state, prompt)[0, -1].argmax()
             started = time.perf_counter()
             for _ in range(NEW - 1):

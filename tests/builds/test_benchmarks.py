@@ -11,13 +11,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
+from recipes import write_recipe
 from tiny import read_json, write_text
+
+from edgestill.runtime import cli
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run(script: str, *arguments: str, out: Path) -> dict[str, Any]:
     """The JSON that a script writes."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(BENCHMARKS / script), *arguments, "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
@@ -65,6 +70,58 @@ def test_cached_step_trains_both_sides_in_turn(tmp_path: Path) -> None:
     assert found["ratio"]["median"] > 0
     assert "output 0.000" not in found["last"]["cached"]  # it did learn from teachers
     assert "output 0.000" in found["last"]["cross_entropy"]
+
+
+def test_a_step_on_every_grid_is_measured_beside_the_plain_one(tmp_path: Path) -> None:
+    student = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    }
+    size = {"batch": 2, "tokens": 32, "vocabulary": 512, "windows": 20, "steps": 10, "student": student}
+    found = run("quantized_step.py", "--rounds", "2", "--size", json.dumps(size), out=tmp_path / "step.json")
+    assert set(found["cost"]) == {"int4", "int8", "nf4", "fp4"}
+    assert all(cost["n"] == 2 and cost["median"] > 0 for cost in found["cost"].values())
+
+
+def test_fused_targets_are_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path)
+    found = run("fusion_settings.py", str(recipe), out=tmp_path / "out" / "targets.json")
+    assert {row["weights"] for row in found["rows"]} >= {"uniform", "entropy", "label"}
+    assert all(row["perplexity"]["mixed"] > 1 for row in found["rows"])
+
+
+def test_every_way_to_quantize_stands_in_one_table(tmp_path: Path) -> None:
+    config = {"hidden_size": 64, "intermediate_size": 96}
+    recipe = write_recipe(tmp_path, student={"config": config}, train={"teacher_cache": "always"})
+    schemes = {
+        f"{scheme} trained": {"quantize": {"scheme": scheme, "from_step": 4}} for scheme in ("int8", "int4", "nf4")
+    }
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump({"rows": {"default": {}, **schemes}}))
+    out = tmp_path / "study"
+    words = ["ablate", str(recipe), "--rows", str(tmp_path / "rows.yaml"), "--out", str(out), "--seeds", "2"]
+    assert cli.run(words) == 0
+    found = run(
+        "quantization.py", str(out), "--seeds", "2", "--windows", "8", "--threads", "1", out=tmp_path / "t.json"
+    )
+    rows = {row["cell"]: row for row in found["rows"]}
+    assert rows["float"]["kl_nats"] == 0
+    assert rows["int8 nearest"]["kl_nats"] < rows["int4 nearest"]["kl_nats"]
+    assert rows["int4 gptq"]["kl_nats"] < rows["int4 nearest"]["kl_nats"]
+    assert rows["int4 nearest"]["graph_mib"] < rows["int8 nearest"]["graph_mib"] < rows["float"]["graph_mib"]
+    assert all(row["standard_error"] >= 0 for row in found["rows"][1:])
+    cells = sorted((out / "quantization").glob("validation-*.json"))
+    before = [file.stat().st_mtime_ns for file in cells]
+    again = run(
+        "quantization.py", str(out), "--seeds", "2", "--windows", "8", "--threads", "1", out=tmp_path / "t.json"
+    )
+    assert [file.stat().st_mtime_ns for file in cells] == before
+    speeds = {"decode_tokens_per_s"}
+    assert [{k: v for k, v in row.items() if k not in speeds} for row in again["rows"]] == [
+        {k: v for k, v in row.items() if k not in speeds} for row in found["rows"]
+    ]
 
 
 def test_train_teachers_makes_two_that_share_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from edgestill.compress.attention import mapped_attention
 from edgestill.compress.corpus import require_sources
 from edgestill.compress.features import check_features
 from edgestill.compress.on_policy import check as check_on_policy
+from edgestill.compress.quantize.fake_quant import check_widths
 from edgestill.compress.student import student_config
 from edgestill.compress.teacher_files import read_config
 from edgestill.compress.teachers import TeacherFacts, check_same_tokenizer, resolve_teachers
@@ -51,6 +52,8 @@ def check_inputs(loaded: LoadedRecipe) -> Inputs:
     _check_alignment(recipe, teachers, student)
     if recipe.train.on_policy is not None:
         check_on_policy(recipe.train.on_policy, recipe.data.sequence_length)
+    if recipe.quantize is not None:
+        check_widths(recipe.quantize, student)
     _check_domains(recipe)
     return Inputs(teachers, vocabulary, student)
 

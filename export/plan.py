@@ -11,6 +11,7 @@ from edgestill.compress.teachers import fit_together
 from edgestill.export.model_facts import size_of_config
 from edgestill.profiles.arithmetic import ModelSize, predict, refuse_engine, refuse_impossible
 from edgestill.profiles.load import LoadedProfile, LoadedRecipe, load_profile, load_recipe
+from edgestill.profiles.schema import Recipe
 from edgestill.runtime.errors import BadInput
 
 
@@ -79,12 +80,23 @@ def plan(recipe: str, profiles: list[str]) -> list[tuple[str, str]]:
         ("student", f"{size.parameters:,} parameters, {size.hidden_size} wide, {size.n_layers} layers"),
         ("of its smallest teacher", f"{size.parameters / min(t.parameters for t in teachers):.0%}"),
         ("training", f"{steps:,} steps of {train.batch_size} x {length} tokens x {train.gradient_accumulation}"),
+        ("on its grid", _grid(words, steps)),
         ("held-out tokens", f"{words.reference.tokens:,}, top {words.reference.top_k} stored"),
         ("quality limits", ", ".join(f"{name} {limit:g}" for name, limit in words.limits.items()) or "none"),
     ]
     for target in found.targets:
         rows += _target_rows(target, size)
     return rows
+
+
+def _grid(words: Recipe, steps: int) -> str:
+    """Which steps the student learns with the weights that ship."""
+    spec = words.quantize
+    if spec is None:
+        return "never: trained in float, quantized afterwards"
+    block = "" if spec.scheme == "int8" else f" in blocks of {spec.block_size}"
+    reached = spec.from_step + spec.ramp_steps
+    return f"{spec.scheme}{block}, from step {reached:,} of {steps:,}"
 
 
 def _target_rows(target: LoadedProfile, size: ModelSize) -> list[tuple[str, str]]:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from edgestill.compress.low_rank import LowRankLinear
+from edgestill.compress.low_rank import LowRankLinear, factor_layers
 from edgestill.compress.quantize.activations import quantized_inputs
-from edgestill.compress.quantize.grids import Grid, Scales, grid_of
+from edgestill.compress.quantize.grids import Scales, grid_of
 from edgestill.profiles.quantize_words import QuantizeSpec
 from edgestill.runtime.errors import BadInput
 
@@ -214,4 +214,13 @@ def _targets(student: PreTrainedModel, spec: QuantizeSpec) -> Iterator[tuple[str
             yield name, module
 
 
-__all__ = ["FakeQuant", "Grid"]
+def check_widths(spec: QuantizeSpec, config: PretrainedConfig) -> None:
+    """Refuse a grid that the student of this configuration cannot lie on, before there are weights.
+
+    Raises:
+        BadInput: as `FakeQuant`.
+    """
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(config)
+        factor_layers(student)
+        FakeQuant(spec, student)

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from edgestill.compress.quantize.table_search import look_up, table_of
 from edgestill.profiles.quantize_words import Scheme
-from edgestill.runtime.errors import BadInput
 
 SMALLEST_ABSMAX = 1e-38
 """bitsandbytes divides by no less."""
@@ -230,17 +229,3 @@ def _half_away(x: Tensor) -> Tensor:
 def _nibbles(packed: Tensor) -> Tensor:
     """uint8 [..., n] -> [..., 2 n], the low nibble first."""
     return torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
-
-
-def check_widths(grid: Grid, widths: dict[str, int], what: str) -> None:
-    """Refuse layers that cannot lie on the grid.
-
-    Args:
-        widths: module name -> inputs.
-
-    Raises:
-        BadInput: the first layer that cannot, with the reason.
-    """
-    for name, inputs in widths.items():
-        if (why := grid.unfit(inputs)) is not None:
-            raise BadInput(f"{what}: layer {name}: {why}")

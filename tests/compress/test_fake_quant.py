@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from training import furthest, learn, prepared
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from edgestill.compress.inputs import check_inputs
 from edgestill.compress.quantize.activations import quantized_inputs
 from edgestill.compress.quantize.fake_quant import FakeQuant
 from edgestill.compress.quantize.grids import grid_of
 from edgestill.compress.quantize.shipped import FILE, ShippedWeights, load_shipped_student
+from edgestill.profiles.load import load_recipe
 from edgestill.profiles.schema import QuantizeSpec
 from edgestill.runtime.errors import BadInput
 
@@ -111,6 +113,24 @@ def test_a_width_that_bitsandbytes_gets_wrong_is_refused(tmp_path: Path) -> None
     student = tiny(tmp_path, width=48)
     with pytest.raises(BadInput, match=r"q_proj.* 48 inputs are no multiple of the block of 32"):
         FakeQuant(QuantizeSpec(scheme="nf4", embeddings=False, head=False), student)
+
+
+def test_it_is_refused_before_any_work(tmp_path: Path) -> None:
+    words = {"config": {"hidden_size": 64, "intermediate_size": 80}}
+    recipe = write_recipe(tmp_path, student=words, quantize={"scheme": "fp4", "freeze_scales_at_step": 3})
+    with pytest.raises(
+        BadInput, match=r"quantize.scheme fp4: layer .*down_proj: 80 inputs are no multiple of the block of 32"
+    ):
+        check_inputs(load_recipe(str(recipe)))
+    for changes, why in (
+        ({"scheme": "int8", "symmetric": False}, "quantize.symmetric: false is for int4, int8 has no zero point"),
+        ({"scheme": "nf4", "block_size": 16}, "quantize.block_size 16: bitsandbytes has blocks of 32 and more"),
+        ({"scheme": "nf4", "activations": True}, "quantize.activations is for int4"),
+        ({"scheme": "int4", "from_step": 2, "freeze_scales_at_step": 2}, "is not after the weights reached the grid"),
+        ({"scheme": "int4", "from_step": 16}, "weights reach the grid at step 16 and training ends at step 16"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            load_recipe(str(write_recipe(tmp_path, "other", quantize=changes)))
 
 
 def test_inputs_are_what_the_int8_product_reads() -> None:

@@ -109,6 +109,7 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule)
         warmup_steps=round(spec.warmup_fraction * steps),
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
+        adam_beta2=spec.adam_beta2,
         optim="adamw_bnb_8bit" if spec.optimizer == "adamw_8bit" else "adamw_torch_fused",
         bf16=bf16,
         use_cpu=device.type == "cpu",

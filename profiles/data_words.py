@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from edgestill.profiles.words import Count, Fraction, Name, NotNegative, Positive, Words
+from edgestill.profiles.words import Count, Fraction, Name, NotNegative, OpenFraction, Positive, Words
 
 
 class SourceSpec(Words):
@@ -76,6 +76,8 @@ class TrainSpec(Words):
     warmup_fraction: Fraction = 0.05
     weight_decay: NotNegative = 0.01
     max_grad_norm: Positive = 1.0
+    adam_beta2: OpenFraction = 0.95
+    """AdamW's memory of squared gradients (the first beta is 0.9). 0.999 remembers longer than short trainings last."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 autocast where the processor multiplies it natively (weights and optimizer stay float32)."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"

@@ -59,7 +59,7 @@ class FakeQuant(nn.Module):
                 raise BadInput(f"quantize.scheme {self.spec.scheme}: layer {name}: {why}")
             self._weights[id(parameter)] = _Weight(self, f"{name}.weight", len(self._weights), transposed)
             if self.spec.freeze_scales_at_step is not None:
-                self._reserve(parameter.detach().T if transposed else parameter.detach(), len(self._weights) - 1)
+                self._reserve(_matrix(parameter, transposed), len(self._weights) - 1)
         kind: Any = type(module)
         module.__class__ = _on_grid(kind, self.spec.activations and not isinstance(module, nn.Embedding))
         module.__dict__["_edgestill_weight"] = self._weights[id(parameter)]
@@ -119,13 +119,18 @@ class FakeQuant(nn.Module):
         """Parameter name -> the arrays that ship, of the float weights in `state` (parameter name -> tensor)."""
         found = {}
         for weight in self._weights.values():
-            matrix = state[weight.name].detach().float()
-            matrix = matrix.T.contiguous() if weight.transposed else matrix
+            matrix = _matrix(state[weight.name], weight.transposed)
             scales = self.frozen_scales(weight.index) if self.frozen else self.grid.scales(matrix)
             found[weight.name] = self.grid.encode(
                 matrix, Scales(*(_to(s, matrix) for s in (scales.scale, scales.zero_point)))
             )
         return found
+
+
+def _matrix(parameter: Tensor, transposed: bool) -> Tensor:
+    """float32 [N, K], contiguous."""
+    weight = parameter.detach().float()
+    return weight.T.contiguous() if transposed else weight
 
 
 def _to(tensor: Tensor | None, like: Tensor) -> Any:
@@ -154,8 +159,7 @@ class _Weight:
     @torch.no_grad()
     def _round(self, master: Tensor, blend: float) -> Tensor:
         with torch.autocast(master.device.type, enabled=False):
-            weight = master.detach().float()
-            weight = weight.T.contiguous() if self.transposed else weight
+            weight = _matrix(master, self.transposed)
             values = self.owner.grid.values(weight, self.owner.scales_of(weight, self.index))
             if blend < 1:
                 values = torch.lerp(weight, values, blend)

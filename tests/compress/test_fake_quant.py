@@ -96,6 +96,18 @@ def test_start_ramp_and_freeze(tmp_path: Path) -> None:
     assert not torch.equal(kept, on_grid(master.detach(), spec))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_frozen_scales_of_transposed_weights(scheme: str, tmp_path: Path) -> None:
+    """GPT-2 keeps its layers as [K, N]."""
+    student = tiny(tmp_path, "gpt2")
+    fake = FakeQuant(QuantizeSpec(scheme=scheme, freeze_scales_at_step=1), student)  # type: ignore[arg-type]
+    layer = student.transformer.h[0].mlp.c_fc
+    before = layer.weight.detach().clone()
+    fake.at_step(1)
+    assert torch.equal(layer.weight, before)
+    assert before.shape == (64, 96)
+
+
 def test_embedding_and_head_by_choice(tmp_path: Path) -> None:
     tied = tiny(tmp_path / "tied")
     with pytest.raises(BadInput, match="embedding and head are one matrix"):

@@ -64,6 +64,8 @@ def test_checkpoints_hold_what_is_resumed_and_no_more_than_two_are_kept(tmp_path
     assert [path.name for path in checkpoints.checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
     for path in checkpoints.checkpoints(run):
         assert {file.name for file in path.iterdir()} >= set(checkpoints.COMPLETE)
+        stored = torch.load(path / checkpoints.OPTIMIZER, weights_only=True)
+        assert [group["betas"] for group in stored["param_groups"]] == [(0.9, 0.95)] * len(stored["param_groups"])
     (run / "checkpoint-6" / "optimizer.pt").unlink()
     (run / "tmp").mkdir()
     assert checkpoints.newest(run) == str(run / "checkpoint-4")

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgestill.runtime import load
+from edgestill.runtime.bundle import read_manifest
 from edgestill.runtime.device import environment
 from edgestill.runtime.quality import score_windows
 from edgestill.runtime.reference import FOLDER, Reference, load_reference
@@ -69,7 +70,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
                 who: paired(logp["first"][mask], x[mask], blocks[mask]) for who, x in logp.items() if who != "first"
             },
         }
-    return {"first": str(first), "second": str(second), "domains": rows, "environment": environment()}
+    return {"first": read_manifest(first).name, "second": read_manifest(second).name, "domains": rows, "environment": environment()}
 
 
 def main() -> None:

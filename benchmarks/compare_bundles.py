@@ -70,7 +70,12 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
                 who: paired(logp["first"][mask], x[mask], blocks[mask]) for who, x in logp.items() if who != "first"
             },
         }
-    return {"first": read_manifest(first).name, "second": read_manifest(second).name, "domains": rows, "environment": environment()}
+    return {
+        "first": read_manifest(first).name,
+        "second": read_manifest(second).name,
+        "domains": rows,
+        "environment": environment(),
+    }
 
 
 def main() -> None:

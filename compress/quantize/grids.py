@@ -184,6 +184,7 @@ class FourBitTable(Grid):
     def __init__(self, scheme: Scheme, block_size: int) -> None:
         super().__init__(block_size)
         self.scheme = scheme
+        table_of(scheme, torch.device("cpu"))  # made now: no training step has to look at its numbers
 
     def unfit(self, inputs: int) -> str | None:
         if inputs % self.block_size:

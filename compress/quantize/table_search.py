@@ -41,7 +41,8 @@ class SortedTable:
 @cache
 def table_of(scheme: Scheme, device: torch.device) -> SortedTable:
     """nf4's or fp4's."""
-    return SortedTable(scheme, device)
+    with torch.device("cpu"):  # whatever the default is where it is asked for first
+        return SortedTable(scheme, device)
 
 
 def _places(scaled: Tensor, below: Tensor, inside: Tensor) -> Tensor:

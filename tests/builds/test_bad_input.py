@@ -173,7 +173,7 @@ REFUSED: dict[str, Case] = {
         profile={"workload": {"prompt_tokens": 128}},
     ),
     "precision that the engine lacks": Case(
-        "{at}/device.yaml:14: precision.weights: 'fp8' is not built for engine onnxruntime-cpu; use float32, int8, int4",
+        "{at}/device.yaml:14: precision.weights: 'fp8' is not built for engine onnxruntime-cpu; use float32, int8, int4, nf4, fp4",
         profile={"precision": {"weights": "fp8"}},
     ),
 }

@@ -76,7 +76,7 @@ def test_loss_adds_it_with_its_weight_and_its_gradient() -> None:
 
     def value(**more: object) -> Tensor:
         spec = FeatureLossSpec.model_validate(words | more)
-        alignment = Alignment([[PairFit(0, 0, (weight,), 1.0, prototypes)]])
+        alignment = Alignment([[PairFit(0, 0, (weight,), prototypes)]])
         found: Tensor = FeatureLoss(spec, alignment, 4, [("a", 6, 1)], 0)({0: student}, [{0: teacher}], ones, mask)
         return found
 

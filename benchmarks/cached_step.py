@@ -11,7 +11,6 @@ Tokens and teachers are random and seeded: a step's cost does not depend on what
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from turns import Replies, alternate, software, summary, write_json
+from turns import Replies, alternate, measured, software, summary, write_json
 
 from edgestill.compress.cache_capture import capture
 from edgestill.compress.corpus import Part
@@ -217,14 +216,7 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--size", type=json.loads, default={}, help='JSON, for example {"batch": 4}')
-    parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--turns", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = measured(__doc__, RESULT, SIDES).parse_args()
     size = Size(**arguments.size)
     if arguments.side:
         work(arguments.side, arguments.folder, size, arguments.turns)

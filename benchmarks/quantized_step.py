@@ -9,7 +9,6 @@ own that take turns of 20 steps. No accumulation: every step rounds all weights 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any, get_args
 import torch
 from cached_step import WARM_UP, Size, train_in_turns
 from transformers import AutoModelForCausalLM
-from turns import alternate, software, summary, write_json
+from turns import alternate, measured, software, summary, write_json
 
 from edgestill.compress.distill_module import DistillModule
 from edgestill.compress.fused_head import OutputLoss
@@ -66,14 +65,7 @@ def measure(size: Size, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Table and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--size", type=json.loads, default={}, help='JSON, for example {"batch": 4}')
-    parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--turns", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = measured(__doc__, RESULT, SIDES).parse_args()
     size, side = Size(**arguments.size), arguments.side
     if side:
         train_in_turns(lambda spec: module_of(side, size, spec), arguments.folder / side, size, arguments.turns, ())

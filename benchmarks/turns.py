@@ -6,6 +6,7 @@ piece of work as a line of JSON. `alternate` gives the turns.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -149,6 +150,18 @@ def software() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def measured(doc: str | None, result: Path, sides: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line of a benchmark whose sides are the script itself, started again with --side."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--size", type=json.loads, default={}, help='JSON, for example {"batch": 4}')
+    parser.add_argument("--json", type=Path, default=result)
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, help=argparse.SUPPRESS)
+    return parser
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

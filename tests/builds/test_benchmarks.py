@@ -18,6 +18,13 @@ from tiny import read_json, write_text
 from edgestill.runtime import cli
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STUDENT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
 
 
 def run(script: str, *arguments: str, out: Path) -> dict[str, Any]:
@@ -57,14 +64,7 @@ def test_fused_loss_measures_the_same_loss_on_every_side(tmp_path: Path) -> None
 
 
 def test_cached_step_trains_both_sides_in_turn(tmp_path: Path) -> None:
-    student = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-    }
-    size = {"batch": 2, "tokens": 32, "vocabulary": 512, "top_k": 8, "windows": 20, "steps": 10, "student": student}
+    size = {"batch": 2, "tokens": 32, "vocabulary": 512, "top_k": 8, "windows": 20, "steps": 10, "student": STUDENT}
     found = run("cached_step.py", "--rounds", "2", "--size", json.dumps(size), out=tmp_path / "cached.json")
     assert [found["tokens_per_s"][side]["n"] for side in ("cached", "cross_entropy")] == [2, 2]
     assert found["ratio"]["median"] > 0
@@ -73,20 +73,13 @@ def test_cached_step_trains_both_sides_in_turn(tmp_path: Path) -> None:
 
 
 def test_a_step_on_every_grid_is_measured_beside_the_plain_one(tmp_path: Path) -> None:
-    student = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "intermediate_size": 64,
-    }
-    size = {"batch": 2, "tokens": 32, "vocabulary": 512, "windows": 20, "steps": 10, "student": student}
+    size = {"batch": 2, "tokens": 32, "vocabulary": 512, "windows": 20, "steps": 10, "student": STUDENT}
     found = run("quantized_step.py", "--rounds", "2", "--size", json.dumps(size), out=tmp_path / "step.json")
     assert set(found["cost"]) == {"int4", "int8", "nf4", "fp4"}
     assert all(cost["n"] == 2 and cost["median"] > 0 for cost in found["cost"].values())
 
 
-def test_fused_targets_are_ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_targets_are_ranked(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     found = run("fusion_settings.py", str(recipe), out=tmp_path / "out" / "targets.json")
     assert {row["weights"] for row in found["rows"]} >= {"uniform", "entropy", "label"}

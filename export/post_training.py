@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgestill.export.blockwise import F32, U8, BlockWeight, quantize_int4
+from edgestill.export.blockwise import F32, U8, BlockWeight, codes_of, quantize_int4
 from edgestill.export.graph_io import load_graph
 from edgestill.export.input_moments import F64, MOMENT_BYTES, Feeds, input_moments, linear_layers, moment_groups
 from edgestill.export.linear_layers import Linear
@@ -196,11 +196,7 @@ def _inverse(scale: F32) -> F32:
 
 def _zero_points(block: BlockWeight) -> F32:
     """float32 [N, n_blocks], 8 where the block is symmetric."""
-    shape = block.scales.shape
-    if block.zero_points is None:
-        return np.full(shape, 8, np.float32)
-    pairs = np.stack([block.zero_points & 15, block.zero_points >> 4], axis=-1)
-    return pairs.reshape(shape[0], -1)[:, : shape[1]].astype(np.float32)
+    return codes_of(block)[1].astype(np.float32)
 
 
 def _block_weight(codes: U8, scales: F32, zeros: F32, block_size: int, symmetric: bool) -> BlockWeight:

@@ -73,9 +73,7 @@ def quantize_stage(
         "precision": precision.model_dump(mode="json"),
         "portable": target.profile.portable,
         "reference": str(origin.reference and origin.reference.name),
-        "calibration": _calibration_hash(origin)
-        if precision.method == "gptq" or precision.graph_mib is not None
-        else None,
+        "calibration": _calibration_hash(origin) if precision.needs_text else None,
         "code": CODE,
     }
     title = f"quantize: {precision.weights}" if precision.weights != "float32" else "quantize: float32 stays as it is"
@@ -119,8 +117,7 @@ def _weights(
         progress.say(f"warning: the student was {why_not(shipped, precision)}: its weights are quantized anew")
     if precision.method == "nearest" and precision.graph_mib is None:
         return None, "nearest"
-    looks = precision.method == "gptq" or precision.graph_mib is not None
-    if looks and origin.calibration is None:
+    if precision.needs_text and origin.calibration is None:
         word = "graph_mib" if precision.graph_mib is not None else "method: gptq"
         raise BadInput(
             f"precision.{word} needs text that is not judged on; build from a recipe, or use method: hqq without graph_mib"

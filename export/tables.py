@@ -44,10 +44,8 @@ class TableWeight:
 
     def values(self) -> F32:
         """The float32 [K, N] that the codes stand for, by bitsandbytes."""
-        arrays = {
-            "codes": torch.tensor(self.packed),
-            "scales": torch.tensor(self.scales),
-        }  # what is mapped is read-only
+        # copies: what is mapped from a file is read-only
+        arrays = {"codes": torch.tensor(self.packed), "scales": torch.tensor(self.scales)}
         return np.ascontiguousarray(
             grid_of(self.scheme, self.block_size).decode(arrays, (self.outputs, self.inputs)).T.numpy()
         )

@@ -242,6 +242,11 @@ class PrecisionSpec(Words):
         return self
 
     @property
+    def needs_text(self) -> bool:
+        """Whether quantizing looks at what the layers read."""
+        return self.method == "gptq" or self.graph_mib is not None
+
+    @property
     def rounds_activations(self) -> bool:
         """Whether products round their inputs to int8."""
         return self.weights in ("int4", "int8") and self.accuracy_level == 4

@@ -26,11 +26,13 @@ from turns import software, write_json
 from edgestill.compress.ablate_statistics import Scores, difference, perplexity
 from edgestill.compress.corpus import Corpus, open_corpus
 from edgestill.compress.packing import Part, spread
+from edgestill.export.graph_io import copy_graph
 from edgestill.export.input_moments import window_feeds
 from edgestill.export.model_facts import facts_of_checkpoint
-from edgestill.export.onnx_export import ExportedGraph, describe_graph, export_onnx
-from edgestill.export.post_training import quantize_weights
-from edgestill.export.quantize import given_by_name, graph_bytes, quantize_graph
+from edgestill.export.onnx_export import ExportedGraph, Exports, describe_graph, export_fused, export_onnx
+from edgestill.export.post_training import matrices, quantize_weights
+from edgestill.export.quantize import digest_of, given_by_values, graph_bytes, quantize_graph
+from edgestill.export.rewrite.rules import join_weights
 from edgestill.export.trained import trained_weights
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.backends.ort import OrtBackend
@@ -65,35 +67,42 @@ class Study:
         result = json.loads((self.out / "ablate" / f"{row.replace(' ', '-')}-{seed}.json").read_text())
         return self.out / "work" / f"train-{result['student_key']}" / "student"
 
-    def exported(self, row: str, seed: int) -> tuple[Path, ExportedGraph]:
-        """(checkpoint, its float32 graph), exported once."""
+    def exported(self, row: str, seed: int) -> tuple[Path, Exports]:
+        """(checkpoint, its float32 graphs), exported once."""
         checkpoint = self.checkpoint(row, seed)
         folder = self.out / "quantization" / "onnx" / checkpoint.parent.name
-        if not (folder / "model.onnx").exists():
-            export_onnx(checkpoint, folder)
-        path = folder / "model.onnx"
-        return checkpoint, ExportedGraph(path, describe_graph(path), facts_of_checkpoint(checkpoint))
+        paths = folder / "model.onnx", folder / "fused" / "model.onnx"
+        if not paths[1].exists():
+            export_fused(checkpoint, export_onnx(checkpoint, folder), paths[1].parent)
+        facts = facts_of_checkpoint(checkpoint)
+        return checkpoint, Exports(*(ExportedGraph(path, describe_graph(path), facts) for path in paths))
 
     def graph(self, cell: str, seed: int) -> tuple[Path, ExportedGraph]:
         """(the file of a cell, the float32 graph it comes from)."""
         row = cell if cell.endswith("trained") else "default"
-        checkpoint, exported = self.exported(row, seed)
+        checkpoint, exports = self.exported(row, seed)
+        plain, fused = exports.plain, exports.fused
         if cell == "float":
-            return exported.path, exported
+            path = fused.path.parent / "float" / "model.onnx"
+            copy_graph(fused.path, path)
+            join_weights(path)
+            return path, fused
         scheme, method = cell.split()
         words: dict[str, Any] = {"weights": scheme, "method": method if method in ("gptq", "hqq") else "nearest"}
         precision = PrecisionSpec(**words)
-        path = exported.path.parent / cell.replace(" ", "-") / "model.onnx"
+        path = fused.path.parent / cell.replace(" ", "-") / "model.onnx"
         given = trained_weights(checkpoint, precision) if method == "trained" else None
         if method == "trained" and given is None:
             raise SystemExit(f"{checkpoint}: was not trained on {scheme}; run the ablation of rows_quantized.yaml")
         if precision.method != "nearest":
             picked = spread(self.corpus.training, CALIBRATION_WINDOWS)
             ids = self.corpus.training.token_ids[picked].astype(np.int64)
-            feeds = list(window_feeds(exported.graph, ids))
-            given = given_by_name(quantize_weights(exported.path, precision, precision.method, feeds))
-        quantize_graph(exported.path, path, precision, given=given)
-        return path, exported
+            feeds = list(window_feeds(plain.graph, ids))
+            blocks, found = quantize_weights(plain.path, precision, precision.method, feeds), matrices(plain.path)
+            given = given_by_values({digest_of(found[name]): block for name, block in blocks.items()})
+        quantize_graph(fused.path, path, precision, given=given)
+        join_weights(path)
+        return path, fused
 
 
 def backend_of(path: Path, exported: ExportedGraph, threads: int) -> OrtBackend:

@@ -21,7 +21,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgestill.export.graph_io import load_graph, save_graph
 from edgestill.export.linear_layers import Linear, Table, find_weights
-from edgestill.export.quantized_ops import constant_array
+from edgestill.export.nodes import constant_array
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.manifest import Graph
 

@@ -13,14 +13,18 @@ import random
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
+from edgestill.export.attention_op import as_one_operator, why_plain
 from edgestill.export.graph_io import load_graph, save_graph
 from edgestill.export.model_facts import facts_of_checkpoint
+from edgestill.export.rewrite.outcome import Outcome
+from edgestill.export.rewrite.rules import fuse
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.manifest import Graph, ModelFacts, TensorSpec
 
@@ -56,10 +60,39 @@ def export_onnx(checkpoint: Path, out: Path) -> ExportedGraph:
     return ExportedGraph(out / FILE, describe_graph(out / FILE), facts)
 
 
+@dataclass(frozen=True)
+class Exports:
+    """One model in two forms: `plain` ONNX operators, and `fused` into what onnxruntime has fast kernels for."""
+
+    plain: ExportedGraph
+    fused: ExportedGraph
+
+
+def export_fused(checkpoint: Path, plain: ExportedGraph, out: Path) -> tuple[ExportedGraph, tuple[Outcome, ...]]:
+    """Write `out`/model.onnx: the same model in the operators that onnxruntime has fast kernels for, still in float32.
+
+    Attention is one operator and its cache one buffer, where `why_plain` finds nothing; else it stays as in `plain`. Returns
+    the graph and what each rewrite did.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export.tmp-", dir=out) as folder:
+        why = _trace(checkpoint, Path(folder), fused=True)
+        model = load_graph(plain.path if why is not None else Path(folder) / FILE)
+        outcomes = (
+            Outcome("attention", 0, (why,)) if why else Outcome("attention", plain.facts.n_layers),
+            *fuse(model),
+        )
+        save_graph(model, out / FILE)
+    return ExportedGraph(out / FILE, describe_graph(out / FILE), plain.facts), outcomes
+
+
 def describe_graph(path: Path, name: str = FILE) -> Graph:
     """The inputs and outputs of the graph in `path` for a manifest that ships it as `name`."""
     graph = load_graph(path).graph
-    return Graph(name, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs)))
+    cache: Literal["growing", "shared"] = "growing"
+    if any(node.op_type == "GroupQueryAttention" for node in graph):
+        cache = "shared"
+    return Graph(name, tuple(map(_spec, graph.inputs)), tuple(map(_spec, graph.outputs)), cache)
 
 
 def _spec(value: ir.Value) -> TensorSpec:
@@ -85,8 +118,9 @@ def _require_exporter(model_type: str) -> None:
         )
 
 
-def _trace(checkpoint: Path, folder: Path) -> None:
-    """Let Optimum write model.onnx (and what else it likes) into `folder`."""
+def _trace(checkpoint: Path, folder: Path, *, fused: bool = False) -> str | None:
+    """Let Optimum write model.onnx (and what else it likes) into `folder`; `fused`: with attention as one operator, or
+    nothing but the reason why not."""
     import torch
 
     from edgestill.compress.low_rank import load_student
@@ -99,7 +133,11 @@ def _trace(checkpoint: Path, folder: Path) -> None:
         except OSError as missing:
             why = str(missing)[:120]
             raise BadInput(f"{checkpoint}: no safetensors weights that load ({why}); use save_pretrained") from missing
-        onnx_export_from_model(model, folder, task=TASK, device="cpu", do_validation=False)
+        reason = why_plain(model) if fused else None
+        if reason is None:
+            with as_one_operator(model) if fused else nullcontext():
+                onnx_export_from_model(model, folder, task=TASK, device="cpu", do_validation=False)
+    return reason
 
 
 @contextmanager

@@ -68,11 +68,11 @@ class ParityRow:
         return f"parity, {self.path}: {what} {measured} (limit {self.limit:g}){'' if self.passed else ' FAILED'}"
 
 
-def check_parity(checkpoint: Path, exported: ExportedGraph, token_ids: Ids) -> list[ParityRow]:
+def check_parity(checkpoint: Path, exported: ExportedGraph, token_ids: Ids, label: str = "") -> list[ParityRow]:
     """Compare the float32 file with torch on `token_ids` [W, T], T >= 2; the limit is `float_limit` of torch's logits."""
     reference = torch_logits(checkpoint, token_ids)
     limit = float_limit(reference)
-    return _compare(exported.path, exported.facts, exported.graph, token_ids, reference, limit, "logit")
+    return _compare(exported.path, exported.facts, exported.graph, token_ids, reference, limit, "logit", label)
 
 
 def check_quantized_parity(

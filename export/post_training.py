@@ -26,7 +26,7 @@ from edgestill.export.blockwise import F32, U8, BlockWeight, codes_of, quantize_
 from edgestill.export.graph_io import load_graph
 from edgestill.export.input_moments import F64, MOMENT_BYTES, Feeds, input_moments, linear_layers, moment_groups
 from edgestill.export.linear_layers import Linear
-from edgestill.export.quantized_ops import constant_array
+from edgestill.export.nodes import constant_array
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Task

@@ -9,17 +9,20 @@ are rounded to nearest.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgestill.export.blockwise import dequantize, sqnr_db
 from edgestill.export.graph_io import load_graph, save_graph, validate_graph
 from edgestill.export.linear_layers import Linear, Table, Unfit, Weight, find_weights
-from edgestill.export.quantized_ops import CONTRIB, OPERATORS, add_constant, constant_array, read_block
+from edgestill.export.nodes import add_constant, constant_array, input_of, substitute
+from edgestill.export.quantized_ops import CONTRIB, OPERATORS, read_block
 from edgestill.export.standard_ops import OPSET, read_standard
 from edgestill.export.stored import (
     F32,
@@ -104,11 +107,11 @@ def quantize_graph(
         form, quality = stored
         if isinstance(weight, Linear):
             shape = (form.inputs, form.outputs)
-            product = form.product(_input(node, 0), str(node.name))
-            _substitute(node, *product[:-1], *_with_bias(product[-1], weight.bias))
+            product = form.product(input_of(node, 0), str(node.name))
+            substitute(node, *product[:-1], *_with_bias(product[-1], weight.bias))
         else:
             shape = (form.outputs, form.inputs)
-            _substitute(node, *form.lookup(_input(node, 1), str(node.name)))
+            substitute(node, *form.lookup(input_of(node, 1), str(node.name)))
         quantized.append(QuantizedNode(str(node.name), node.op_type, shape, form.bits, quality))
     if standard:
         _convert(model)
@@ -137,18 +140,24 @@ def dequantize_graph(source: Path, target: Path) -> None:
             matrix = matrix_of(name, table.values(), False)
         elif node.op_type == "DequantizeLinear":
             name, values = read_standard(node)
-            _substitute(node, ir.node("Identity", [matrix_of(name, values, False)], name=node.name))
+            substitute(node, ir.node("Identity", [matrix_of(name, values, False)], name=node.name))
             continue
         else:
             continue
-        inputs = [matrix, _input(node, 1)] if lookup else [_input(node, 0), matrix]
-        _substitute(node, ir.node("Gather" if lookup else "MatMul", inputs, name=node.name))
+        inputs = [matrix, input_of(node, 1)] if lookup else [input_of(node, 0), matrix]
+        substitute(node, ir.node("Gather" if lookup else "MatMul", inputs, name=node.name))
     _finish(model, target)
 
 
-def given_by_name(weights: Mapping[str, Quantized]) -> Given:
-    """Integers of some initializers; the others are rounded to nearest."""
-    return lambda name, _: weights.get(name)
+def given_by_values(weights: Mapping[bytes, Quantized], otherwise: str | None = None) -> Given:
+    """Integers of weights known by their `digest_of`, for any graph of the model, whatever it calls them; the others are rounded to
+    nearest, or left float32 for the reason `otherwise`."""
+    return lambda _, matrix: weights.get(digest_of(matrix), otherwise)
+
+
+def digest_of(matrix: F32) -> bytes:
+    """Of float32 [K, N], by its shape and values."""
+    return hashlib.sha256(np.ascontiguousarray(matrix.T).tobytes()).digest() + str(matrix.shape).encode()
 
 
 def graph_bytes(path: Path) -> int:
@@ -221,21 +230,6 @@ def _with_bias(product: ir.Node, bias: ir.Value | None) -> tuple[ir.Node, ...]:
     if bias is None:
         return (product,)
     return product, ir.node("Add", [product.outputs[0], bias], name=f"{product.name}_bias")
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    if value is None:
-        raise BadInput(f"node {node.name!r} ({node.op_type}) lacks input {index}; export the checkpoint again")
-    return value
-
-
-def _substitute(node: ir.Node, *new: ir.Node) -> None:
-    """Put `new` where `node` is; the last one's result takes the place, the name and the type of `node`'s."""
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
-        raise BadInput(f"node {node.name!r} lies in no graph; export the checkpoint again")
-    ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, new[-1].outputs)
 
 
 def _finish(model: ir.Model, target: Path) -> None:

@@ -22,13 +22,23 @@ import numpy as np
 from edgestill.compress.quantize.shipped import ShippedWeights
 from edgestill.compress.stages import Stage, Workspace
 from edgestill.export.blockwise import BlockWeight, quantize_int4, quantize_int8
+from edgestill.export.graph_io import copy_graph
 from edgestill.export.input_moments import Feeds, window_feeds
 from edgestill.export.mixed_precision import in_eight_bits, sensitivities
-from edgestill.export.onnx_export import ExportedGraph
+from edgestill.export.onnx_export import ExportedGraph, Exports
 from edgestill.export.origin import Origin, compared_windows, held_out_index
 from edgestill.export.parity import check_quantized_parity, parity_limit, parity_rows
 from edgestill.export.post_training import matrices, matrix_names, quantize_weights
-from edgestill.export.quantize import Given, dequantize_graph, given_by_name, graph_bytes, quantize_graph
+from edgestill.export.quantize import (
+    Given,
+    QuantizationReport,
+    dequantize_graph,
+    digest_of,
+    given_by_values,
+    graph_bytes,
+    quantize_graph,
+)
+from edgestill.export.rewrite.rules import join_weights
 from edgestill.export.trained import trained_weights, why_not
 from edgestill.profiles.load import LoadedProfile
 from edgestill.profiles.schema import PrecisionSpec
@@ -36,7 +46,7 @@ from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import save_parity
 
-CODE = 3
+CODE = 4
 """Revision of what this stage computes; raise it when the same inputs would give another result."""
 MIXED_WINDOWS = 8
 """Calibration windows on which sensitivities are measured: each is run once per weight."""
@@ -45,24 +55,16 @@ PARITY_MARGIN = 2.0
 """A device may be this many times farther from the stored logit rows than the build machine was."""
 
 
-def quantize_stage(
-    origin: Origin, target: LoadedProfile, onnx: Stage, exported: ExportedGraph, space: Workspace
-) -> Stage:
+def quantize_stage(origin: Origin, target: LoadedProfile, onnx: Stage, exports: Exports, space: Workspace) -> Stage:
     """model.onnx, portable/ when the profile asks, parity.safetensors, and facts: the rows of the parity gate, the weights with
     their origin, the limit for parity on the device, bits per weight."""
     precision = target.profile.precision
 
     def run(folder: Path) -> dict[str, Any]:
-        if precision.weights == "float32":
-            for file in onnx.folder.glob("model.onnx*"):
-                shutil.copy(file, folder / file.name)
-            info: dict[str, Any] = {"parity": [], "quantized": [], "left_float": [], "weights_from": "checkpoint"}
-            yardstick = exported.path
-        else:
-            info, yardstick = _quantized(origin, target, exported, folder, space.progress)
-        limit = _store_parity(origin, precision, exported, folder, yardstick)
+        info, yardstick = _quantized(origin, target, exports, folder, space.progress)
+        limit = _store_parity(origin, precision, exports.fused, folder, yardstick)
         shutil.rmtree(folder / "yardstick", ignore_errors=True)
-        bits = graph_bytes(folder / "model.onnx") * 8 / exported.facts.parameters
+        bits = graph_bytes(folder / "model.onnx") * 8 / exports.fused.facts.parameters
         space.progress.say(
             f"weights: {precision.weights}, {info['weights_from']}, {bits:.2f} bits each with all that is stored"
         )
@@ -81,19 +83,29 @@ def quantize_stage(
 
 
 def _quantized(
-    origin: Origin, target: LoadedProfile, exported: ExportedGraph, folder: Path, progress: Progress
+    origin: Origin, target: LoadedProfile, exports: Exports, folder: Path, progress: Progress
 ) -> tuple[dict[str, Any], Path]:
-    """(facts, the yardstick) of the graph that is written into `folder`."""
-    precision = target.profile.precision
-    given, weights_from = _weights(origin, precision, exported, progress)
+    """(facts, the yardstick) of the graph that is written into `folder`.
+
+    Weights are joined last, and judged by the graph of the weights that were not joined yet.
+    """
+    precision, fused = target.profile.precision, exports.fused
     shipped, yardstick = folder / "model.onnx", folder / "yardstick" / "model.onnx"
-    report = quantize_graph(exported.path, shipped, precision, given=given)
-    if target.profile.portable and precision.weights in ("int4", "int8"):
-        quantize_graph(exported.path, folder / "portable" / "model.onnx", precision, given=given, standard=True)
-    yardstick.parent.mkdir(exist_ok=True)
-    dequantize_graph(shipped, yardstick)
-    windows = compared_windows(origin, exported.facts)
-    rows = check_quantized_parity(shipped, yardstick, exported.facts, exported.graph, windows)
+    if precision.weights == "float32":
+        weights_from, yardstick = "checkpoint", fused.path
+        report = QuantizationReport((), (), 0)
+        copy_graph(fused.path, shipped)
+    else:
+        given, weights_from = _weights(origin, precision, exports.plain, progress)
+        report = quantize_graph(fused.path, shipped, precision, given=given)
+        if target.profile.portable and precision.weights in ("int4", "int8"):
+            quantize_graph(
+                exports.plain.path, folder / "portable" / "model.onnx", precision, given=given, standard=True
+            )
+        yardstick.parent.mkdir(exist_ok=True)
+        dequantize_graph(shipped, yardstick)
+    joined = join_weights(shipped)
+    rows = check_quantized_parity(shipped, yardstick, fused.facts, fused.graph, compared_windows(origin, fused.facts))
     for row in rows:
         progress.say(row.words())
     facts = {
@@ -101,6 +113,7 @@ def _quantized(
         "quantized": [dataclasses.asdict(node) for node in report.quantized],
         "left_float": [dataclasses.asdict(node) for node in report.left_float],
         "weights_from": weights_from,
+        "rewrites": [dataclasses.asdict(outcome) for outcome in joined],
     }
     return facts, yardstick
 
@@ -127,7 +140,8 @@ def _weights(
     blocks = _int4_blocks(precision, exported.path, feeds, progress)
     if precision.graph_mib is not None:
         blocks |= _in_eight_bits(precision, exported.path, blocks, feeds[:: -(-len(feeds) // MIXED_WINDOWS)], progress)
-    return given_by_name(blocks), precision.method
+    found = matrices(exported.path)
+    return given_by_values({digest_of(found[name]): block for name, block in blocks.items()}), precision.method
 
 
 def _int4_blocks(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgestill.export.blockwise import BlockWeight
+from edgestill.export.nodes import add_constant, constant_array
 
 CONTRIB = "com.microsoft"
 OPERATORS = ("MatMulNBits", "GatherBlockQuantized")
@@ -96,18 +97,3 @@ def lookup_runs(bits: int, block_size: int, symmetric: bool) -> bool:
     except (states.Fail, states.InvalidGraph, states.InvalidArgument, states.NotImplemented, states.RuntimeException):
         return False
     return True
-
-
-def constant_array(value: ir.Value | None) -> npt.NDArray[Any]:
-    """The array of the initializer `value`."""
-    if value is None or value.const_value is None:
-        raise ValueError(f"{value!r} is no initializer")
-    return value.const_value.numpy()
-
-
-def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    """A new initializer of `graph`."""
-    tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

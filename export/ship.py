@@ -24,7 +24,7 @@ from edgestill.compress.torch_speed import measure_apart
 from edgestill.export.bundle_writer import finish_bundle, stage_bundle, tokenizer_files
 from edgestill.export.genai_config import genai_config
 from edgestill.export.model_facts import facts_of_checkpoint
-from edgestill.export.onnx_export import ExportedGraph, describe_graph, export_onnx
+from edgestill.export.onnx_export import ExportedGraph, Exports, describe_graph, export_fused, export_onnx
 from edgestill.export.origin import Origin, compared_windows
 from edgestill.export.parity import check_parity
 from edgestill.export.quantize_stage import quantize_stage
@@ -36,21 +36,21 @@ from edgestill.runtime.manifest import Manifest, Precision, canonical_json
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.report import page
 
-CODE = {"onnx": 1, "speed": 1, "bundle": 1}
+CODE = {"onnx": 2, "speed": 1, "bundle": 1}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
+FUSED = "fused"
+"""Folder of the fused graph in the stage of the plain one."""
 PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "datasets")
 
 
 def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Progress) -> str:
     """One bundle for one profile; returns its verdict."""
     onnx = _onnx_stage(origin, space, progress)
-    exported = ExportedGraph(
-        onnx.folder / "model.onnx", describe_graph(onnx.folder / "model.onnx"), facts_of_checkpoint(origin.student)
-    )
+    exports = _exports(onnx.folder, origin)
     final = space.root / target.name
     if failed := [row for row in onnx.info["parity"] if not row["passed"]]:
         return _parity_failed(final, failed, progress)
-    quantized = quantize_stage(origin, target, onnx, exported, space)
+    quantized = quantize_stage(origin, target, onnx, exports, space)
     if failed := [row for row in quantized.info["parity"] if not row["passed"]]:
         return _parity_failed(final, failed, progress)
     shutil.rmtree(_failure(final), ignore_errors=True)
@@ -72,8 +72,8 @@ def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Prog
         progress.say(f"bundle {final}: done before, unchanged ({kept})")
         return kept
     progress.stage(f"bundle: {target.name}")
-    manifest = _manifest(origin, target, exported, quantized, speeds, key)
-    staged = stage_bundle(final, manifest, _contents(origin, target, exported, quantized))
+    manifest = _manifest(origin, target, exports.fused, quantized, speeds, key)
+    staged = stage_bundle(final, manifest, _contents(origin, target, exports, quantized))
     try:
         report = check_bundle(staged, progress, keep=False)
         files = _report_files(report, manifest, origin, onnx, quantized)
@@ -88,14 +88,20 @@ def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Prog
 
 
 def _onnx_stage(origin: Origin, space: Workspace, progress: Progress) -> Stage:
-    """model.onnx in float32 and the rows of the parity gate; shared by all profiles."""
+    """model.onnx in float32, the same in fused operators, and the rows of the parity gate; shared by all profiles."""
 
     def run(folder: Path) -> dict[str, Any]:
-        exported = export_onnx(origin.student, folder)
-        rows = check_parity(origin.student, exported, compared_windows(origin, exported.facts))
+        plain = export_onnx(origin.student, folder)
+        fused, rewrites = export_fused(origin.student, plain, folder / FUSED)
+        windows = compared_windows(origin, plain.facts)
+        rows = check_parity(origin.student, plain, windows)
+        rows += check_parity(origin.student, fused, windows, "fused: ")
         for row in rows:
             progress.say(row.words())
-        return {"parity": [dataclasses.asdict(row) for row in rows]}
+        return {
+            "parity": [dataclasses.asdict(row) for row in rows],
+            "rewrites": [dataclasses.asdict(outcome) for outcome in rewrites],
+        }
 
     return space.stage(
         "onnx",
@@ -103,6 +109,12 @@ def _onnx_stage(origin: Origin, space: Workspace, progress: Progress) -> Stage:
         {"student": origin.student_key, "code": CODE["onnx"]},
         run,
     )
+
+
+def _exports(folder: Path, origin: Origin) -> Exports:
+    facts = facts_of_checkpoint(origin.student)
+    paths = folder / "model.onnx", folder / FUSED / "model.onnx"
+    return Exports(*(ExportedGraph(path, describe_graph(path), facts) for path in paths))
 
 
 def _parity_failed(final: Path, failed: list[dict[str, Any]], progress: Progress) -> str:
@@ -199,14 +211,14 @@ def _manifest(
     )
 
 
-def _contents(
-    origin: Origin, target: LoadedProfile, exported: ExportedGraph, quantized: Stage
-) -> dict[str, Path | bytes]:
+def _contents(origin: Origin, target: LoadedProfile, exports: Exports, quantized: Stage) -> dict[str, Path | bytes]:
     contents: dict[str, Path | bytes] = {
         file.name: file for file in quantized.folder.glob("model.onnx*") if not file.is_dir()
     }
     contents |= tokenizer_files(origin.student)
-    contents["genai_config.json"] = json.dumps(genai_config(exported.facts, exported.graph), indent=1).encode()
+    contents["genai_config.json"] = json.dumps(
+        genai_config(exports.fused.facts, exports.fused.graph), indent=1
+    ).encode()
     contents["reference/parity.safetensors"] = quantized.folder / "parity.safetensors"
     if origin.reference is not None:
         contents["reference/held_out.safetensors"] = origin.reference / "held_out.safetensors"
@@ -214,7 +226,7 @@ def _contents(
         own = (
             quantized.folder / "portable"
         )  # the same integers in plain operators; other precisions ship the float32 graph
-        source = own if own.is_dir() else exported.path.parent
+        source = own if own.is_dir() else exports.plain.path.parent
         contents |= {f"portable/{file.name}": file for file in source.glob("model.onnx*")}
     return contents
 
@@ -225,6 +237,7 @@ def _report_files(
     """report/: report.json with the rows of both parity gates, report.html, training.jsonl."""
     content = report.to_json()
     content["parity"] = {"float32 graph": onnx.info["parity"], "shipped graph": quantized.info["parity"]}
+    content["rewrites"] = [*onnx.info["rewrites"], *quantized.info["rewrites"]]
     kept = ("weights_from", "quantized", "left_float", "bits_per_weight")
     content["quantization"] = {name: quantized.info[name] for name in kept}
     files: dict[str, bytes | Path] = {"report/report.json": (json.dumps(content, indent=1) + "\n").encode()}

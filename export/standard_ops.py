@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgestill.export.blockwise import BlockWeight, codes_of
-from edgestill.export.quantized_ops import add_constant, constant_array
+from edgestill.export.nodes import add_constant, constant_array
 
 OPSET = 21
 

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgestill.export.blockwise import BlockWeight, dequantize, quantize_int4, quantize_int8
-from edgestill.export.quantized_ops import add_constant, lookup_nodes, lookup_runs, product_node
+from edgestill.export.nodes import add_constant
+from edgestill.export.quantized_ops import lookup_nodes, lookup_runs, product_node
 from edgestill.export.standard_ops import standard_constants, standard_product, standard_table
 from edgestill.export.tables import TableWeight, quantize_table, table_constants, table_lookup, table_product
 from edgestill.profiles.schema import PrecisionSpec

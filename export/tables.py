@@ -20,7 +20,8 @@ import onnx_ir as ir
 import torch
 
 from edgestill.compress.quantize.grids import grid_of
-from edgestill.export.quantized_ops import CONTRIB, add_constant, constant_array
+from edgestill.export.nodes import add_constant, constant_array
+from edgestill.export.quantized_ops import CONTRIB
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]

@@ -6,18 +6,16 @@ was left off the grid in training stays float32 in the graph.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from edgestill.compress.low_rank import load_student
 from edgestill.compress.quantize.shipped import ShippedWeights
 from edgestill.export.blockwise import BlockWeight, int8_blocks
-from edgestill.export.quantize import Given
+from edgestill.export.quantize import Given, digest_of, given_by_values
 from edgestill.export.stored import F32, Quantized
 from edgestill.export.tables import TableWeight
 from edgestill.profiles.schema import PrecisionSpec
@@ -41,8 +39,8 @@ def trained_weights(checkpoint: Path, precision: PrecisionSpec) -> Given | None:
         parameter = student.get_parameter(name).detach()
         module = student.get_submodule(name.rpartition(".")[0])
         matrix = (parameter if isinstance(module, Conv1D) else parameter.T).numpy()
-        known[_digest(matrix)] = _stored(shipped, {part: a.numpy() for part, a in arrays.items()}, matrix, precision)
-    return lambda _, matrix: known.get(_digest(matrix), NOT_TRAINED)
+        known[digest_of(matrix)] = _stored(shipped, {part: a.numpy() for part, a in arrays.items()}, matrix, precision)
+    return given_by_values(known, NOT_TRAINED)
 
 
 def why_not(shipped: ShippedWeights, precision: PrecisionSpec) -> str | None:
@@ -65,8 +63,3 @@ def _stored(shipped: ShippedWeights, arrays: dict[str, Any], matrix: F32, precis
     if shipped.scheme == "int4":
         return BlockWeight(arrays["codes"], arrays["scales"], arrays.get("zero_points"), 4, shipped.block_size, inputs)
     return TableWeight(arrays["codes"], arrays["scales"], shipped.scheme, shipped.block_size, inputs, outputs)
-
-
-def _digest(matrix: F32) -> bytes:
-    """Of float32 [K, N], by its values row by row of the output."""
-    return hashlib.sha256(np.ascontiguousarray(matrix.T).tobytes()).digest() + str(matrix.shape).encode()

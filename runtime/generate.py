@@ -6,7 +6,6 @@ of the model: what the caller does between two pieces is not counted.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from edgestill.runtime.backends import F32, Backend, prefill
+from edgestill.runtime.backends import Backend, prefill_last
 from edgestill.runtime.sampling import Sampler
 from edgestill.runtime.text import Detokenizer, StopStrings
 
@@ -112,7 +111,7 @@ def generate_pieces(
     """
     started = perf_counter()
     state = backend.new_state(1, len(prompt_ids) + ending.max_new_tokens)
-    logits = _last_logits(backend, state, prompt_ids)
+    logits = prefill_last(backend, state, np.asarray([prompt_ids], np.int64))[0]
     token_ids = np.empty((1, 1), np.int64)
     times: list[float] = []
     finish: Finish | None = None
@@ -132,10 +131,3 @@ def generate_pieces(
         logits = backend.step(state, token_ids)[0, 0]
     statistics = GenerationStatistics(len(prompt_ids), len(times), times[0], tuple(times[1:]), finish)
     yield Piece(text, token, logprob, finish, statistics)
-
-
-def _last_logits(backend: Backend, state: object, prompt_ids: Sequence[int]) -> F32:
-    """Prefill; returns the logits after the last token, float32 [V], valid until the next step."""
-    chunks = prefill(backend, state, np.asarray([prompt_ids], np.int64))
-    last: F32 = deque(chunks, maxlen=1)[0][1][0, -1]
-    return last

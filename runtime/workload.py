@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgestill.runtime.backends import prefill
+from edgestill.runtime.backends import prefill_last
 from edgestill.runtime.child import Emit
 from edgestill.runtime.energy import EnergyCounter, open_counter
 from edgestill.runtime.errors import BadInput
@@ -172,13 +172,12 @@ def generate_once(model: Model, prompt: I64, new_tokens: int, counter: EnergyCou
     """Prompt int64 [B, n] to `new_tokens` greedy tokens; `new_tokens` 1 stops at the first."""
     start = time.perf_counter()
     state = model.backend.new_state(prompt.shape[0], prompt.shape[1] + new_tokens)
-    for _, logits in prefill(model.backend, state, prompt):
-        token = logits[:, -1].argmax(axis=-1)[:, None].astype(np.int64)
+    token = prefill_last(model.backend, state, prompt).argmax(axis=-1)[:, None]
     begin = before = time.perf_counter()
     energy = counter.joules() if counter is not None else 0.0
     inter: list[float] = []
     for _ in range(new_tokens - 1):
-        token = model.backend.step(state, token)[:, -1].argmax(axis=-1)[:, None].astype(np.int64)
+        token = model.backend.step(state, token, keep=1)[:, 0].argmax(axis=-1)[:, None]
         now = time.perf_counter()
         inter.append((now - before) * 1e3)
         before = now

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tiny import read_json, write_model
 
@@ -47,13 +47,15 @@ def make_bundle(
     profile: Mapping[str, Any] | None = None,
     limits: Mapping[str, float] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
+    fused: bool = False,
     **write_model_kwargs: Any,
 ) -> Path:
     """A bundle of a random `family` model in `folder` (made, must not exist); returns `folder`.
 
+    `fused`: with the graph that builds ship on onnxruntime; else Optimum's own.
     `extra_files`: further shipped files (`reference/held_out.safetensors`, ...) by POSIX name.
     """
-    shutil.copytree(_exported(family, _freeze(write_model_kwargs)), folder)
+    shutil.copytree(_exported(family, fused, _freeze(write_model_kwargs)), folder)
     for name, data in (extra_files or {}).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def write_manifest(
         name=f"tiny-{config['model_type']}",
         files=files,
         model=model_facts(config),
-        graph=Graph("model.onnx", inputs, outputs),
+        graph=Graph("model.onnx", inputs, outputs, _cache(folder / "model.onnx")),
         precision=Precision("float32"),
         profile=dict(profile),
         limits=dict(limits),
@@ -103,6 +105,13 @@ def graph_specs(graph: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, 
 
     proto = onnx.load(graph, load_external_data=False).graph
     return tuple(map(spec, proto.input)), tuple(map(spec, proto.output))
+
+
+def _cache(graph: Path) -> Literal["growing", "shared"]:
+    import onnx
+
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    return "shared" if any(node.op_type == "GroupQueryAttention" for node in nodes) else "growing"
 
 
 def model_facts(config: Mapping[str, Any]) -> ModelFacts:
@@ -145,9 +154,11 @@ def _checkpoint(family: str, frozen: str) -> Path:
 
 
 @functools.cache
-def _exported(family: str, frozen: str) -> Path:
+def _exported(family: str, fused: bool, frozen: str) -> Path:
     """Graph and tokenizer files, without a manifest."""
     source = _checkpoint(family, frozen)
+    if fused:
+        return _fused(source)
     work, out = (Path(tempfile.mkdtemp(prefix=f"{family}-{kind}-", dir=_scratch())) for kind in ("onnx", "bundle"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracer and deprecation noise of torch.onnx, which Optimum calls
@@ -166,7 +177,22 @@ def _exported(family: str, frozen: str) -> Path:
         )
     for path in sorted(work.glob("model.onnx*")):
         shutil.copy(path, out / path.name)
+    _copy_texts(source, out)
+    return out
+
+
+def _fused(source: Path) -> Path:
+    from edgestill.export.onnx_export import export_fused, export_onnx
+    from edgestill.export.rewrite.rules import join_weights
+
+    work, out = (Path(tempfile.mkdtemp(prefix=f"fused-{kind}-", dir=_scratch())) for kind in ("onnx", "bundle"))
+    export_fused(source, export_onnx(source, work), out)
+    join_weights(out / "model.onnx")
+    _copy_texts(source, out)
+    return out
+
+
+def _copy_texts(source: Path, out: Path) -> None:
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         if (source / name).exists():
             shutil.copy(source / name, out / name)
-    return out

@@ -19,6 +19,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "sliding_window": None},
     "gpt2": {"n_head": 4, "n_inner": 96},
     "gpt_neox": {"num_attention_heads": 4, "intermediate_size": 96, "rotary_pct": 0.5},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16},
+    "gemma": {"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 96, "head_dim": 16},
+    "phi": {"num_attention_heads": 2, "intermediate_size": 96, "partial_rotary_factor": 0.5},
 }
 """Families of the export tests -> config fields beyond width, depth, vocabulary and length."""
 

@@ -38,8 +38,8 @@ class DecodeState:
     """int64 [B], or None when no row is padded."""
     length: int = 0
 
-    def check_step(self, token_ids: npt.NDArray[Any]) -> None:
-        """Refuse a step of the wrong shape, or one that does not fit."""
+    def check_step(self, token_ids: npt.NDArray[Any], keep: int | None) -> int:
+        """Refuse a step of the wrong shape, or one that does not fit; returns how many rows of logits it gives."""
         if token_ids.ndim != 2 or token_ids.shape[0] != self.batch_size or token_ids.shape[1] < 1:
             raise BadInput(
                 f"token_ids has shape {token_ids.shape}; this state takes ({self.batch_size}, n) with n >= 1"
@@ -49,6 +49,9 @@ class DecodeState:
                 f"{self.length} + {token_ids.shape[1]} tokens exceed the {self.max_tokens} of this state; "
                 "ask for a longer state or send fewer tokens"
             )
+        if keep is not None and not 1 <= keep <= token_ids.shape[1]:
+            raise BadInput(f"logits of the last {keep} of {token_ids.shape[1]} tokens; keep 1 or more, at most all")
+        return keep or token_ids.shape[1]
 
 
 class Backend(Protocol):
@@ -65,11 +68,25 @@ class Backend(Protocol):
         """
         ...
 
-    def step(self, state: Any, token_ids: I64) -> F32:
-        """Append `token_ids` (int64 [B, n]) and return their logits (float32 [B, n, V]), valid until the next step.
+    def step(self, state: Any, token_ids: I64, keep: int | None = None) -> F32:
+        """Append `token_ids` (int64 [B, n]) and return the logits of the last `keep` of them (None: all), float32
+        [B, keep, V], valid until the next step.
 
         Raises:
             PromptTooLong: `state.length + n > state.max_tokens`. The state is unchanged.
+        """
+        ...
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether `rewind` works, as speculation needs it."""
+        ...
+
+    def rewind(self, state: Any, length: int) -> None:
+        """Forget all but the first `length` tokens of `state`, as if the others had never been appended.
+
+        Raises:
+            BadInput: `rewinds` is false, or there are fewer tokens.
         """
         ...
 
@@ -88,6 +105,15 @@ def new_state_limits(
     if padding.shape != (batch_size,) or padding.min() < 0 or padding.max() >= max_tokens:
         raise BadInput(f"left_padding {left_padding} must hold {batch_size} numbers in 0..{max_tokens - 1}")
     return padding if padding.any() else None
+
+
+def prefill_last(backend: Backend, state: Any, token_ids: I64, chunk: int = MAX_CHUNK) -> F32:
+    """Append `token_ids` (int64 [B, T], T >= 1) in chunks; returns the logits after the last, float32 [B, V], valid until the
+    next step. Those of other positions are not computed where the graph can leave them out."""
+    for start in range(0, token_ids.shape[1], chunk):
+        logits = backend.step(state, token_ids[:, start : start + chunk], keep=1)
+    last: F32 = logits[:, -1]
+    return last
 
 
 def chunk_tokens(vocab_size: int, batch_size: int = 1) -> int:

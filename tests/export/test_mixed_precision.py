@@ -15,7 +15,7 @@ from edgestill.export.blockwise import dequantize, quantize_int4, quantize_int8
 from edgestill.export.input_moments import window_feeds
 from edgestill.export.mixed_precision import MIB, in_eight_bits, sensitivities, stored_bytes
 from edgestill.export.post_training import matrices
-from edgestill.export.quantize import given_by_name, quantize_graph
+from edgestill.export.quantize import digest_of, given_by_values, quantize_graph
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
 
@@ -75,9 +75,9 @@ def test_both_widths_in_one_graph(exported: Export, tmp_path: Path) -> None:
     _, export = exported("llama")
     float32 = matrices(export.path)
     name = next(iter(float32))
-    given = {name: quantize_int8(float32[name], 32)}
+    given = {digest_of(float32[name]): quantize_int8(float32[name], 32)}
     path = tmp_path / "model.onnx"
-    report = quantize_graph(export.path, path, PrecisionSpec(weights="int4"), given=given_by_name(given))
+    report = quantize_graph(export.path, path, PrecisionSpec(weights="int4"), given=given_by_values(given))
     assert sorted({node.bits for node in report.quantized}) == [4, 8]
     bits = [
         a.i for n in onnx.load(path).graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"

@@ -22,6 +22,7 @@ from edgestill.runtime.manifest import TensorSpec
 def test_graph_takes_tokens_and_a_growing_cache(family: str, exported: Export) -> None:
     _, export = exported(family)
     heads, past, new = export.facts.n_kv_heads, "past_sequence_length", "sequence_length"
+    size = export.facts.head_size
     inputs = {spec.name: spec for spec in export.graph.inputs}
     outputs = {spec.name: spec for spec in export.graph.outputs}
     sides = [f"{layer}.{side}" for layer in range(2) for side in ("key", "value")]
@@ -30,12 +31,12 @@ def test_graph_takes_tokens_and_a_growing_cache(family: str, exported: Export) -
         "attention_mask": TensorSpec("attention_mask", "int64", ("batch_size", f"{past} + {new}")),
         "position_ids": TensorSpec("position_ids", "int64", ("batch_size", new)),
     } | {
-        f"past_key_values.{s}": TensorSpec(f"past_key_values.{s}", "float32", ("batch_size", heads, past, 16))
+        f"past_key_values.{s}": TensorSpec(f"past_key_values.{s}", "float32", ("batch_size", heads, past, size))
         for s in sides
     }
     present = f"{past} + {new}"
     assert outputs == {"logits": TensorSpec("logits", "float32", ("batch_size", new, 320))} | {
-        f"present.{s}": TensorSpec(f"present.{s}", "float32", ("batch_size", heads, present, 16)) for s in sides
+        f"present.{s}": TensorSpec(f"present.{s}", "float32", ("batch_size", heads, present, size)) for s in sides
     }
     assert (export.graph.file, export.graph.cache) == ("model.onnx", "growing")
     assert [path.name for path in export.path.parent.iterdir()] == ["model.onnx"]

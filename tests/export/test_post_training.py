@@ -22,8 +22,9 @@ from edgestill.export.blockwise import BlockWeight, dequantize, quantize_int4
 from edgestill.export.graph_io import load_graph
 from edgestill.export.input_moments import F64, input_moments, linear_layers, moment_groups, window_feeds
 from edgestill.export.linear_layers import Table, find_weights
+from edgestill.export.nodes import add_constant, constant_array
 from edgestill.export.post_training import gptq, hqq, matrix_names, quantize_weights
-from edgestill.export.quantized_ops import add_constant, constant_array, product_node
+from edgestill.export.quantized_ops import product_node
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Progress

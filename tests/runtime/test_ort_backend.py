@@ -22,6 +22,8 @@ from edgestill.runtime.errors import BadInput, BundleError, PromptTooLong
 from edgestill.runtime.manifest import TensorSpec
 
 FAMILIES = ("llama", "gpt2", "gpt_neox")
+FUSED = ("llama", "gpt2", "qwen2")
+ALL = (*FAMILIES, *(f"fused {family}" for family in FUSED))
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
@@ -34,12 +36,14 @@ def open_backend(folder: Path) -> OrtBackend:
 @pytest.fixture(scope="module")
 def backends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OrtBackend]:
     root = tmp_path_factory.mktemp("bundles")
-    return {family: open_backend(make_bundle(root / family, family)) for family in FAMILIES}
+    plain = {family: open_backend(make_bundle(root / family, family)) for family in FAMILIES}
+    fused = {f"fused {f}": open_backend(make_bundle(root / f"fused-{f}", f, fused=True)) for f in FUSED}
+    return plain | fused
 
 
 def theirs(family: str, ids: I64, mask: I64 | None = None) -> F32:
     """Logits [B, T, V] of the checkpoint in torch, positions as transformers' generate counts them."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family.removeprefix("fused "))).eval()
     words = {}
     if mask is not None:
         attention = torch.from_numpy(mask)
@@ -53,7 +57,7 @@ def random_ids(rows: int, tokens: int, seed: int = 0, vocab: int = 320) -> I64:
     return np.random.default_rng(seed).integers(0, vocab, (rows, tokens))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("steps", [(40,), (1,) * 40, (7, 1, 1, 20, 11)])
 def test_logits_are_those_of_torch_in_any_chunking(
     backends: dict[str, OrtBackend], family: str, steps: tuple[int, ...]
@@ -68,7 +72,7 @@ def test_logits_are_those_of_torch_in_any_chunking(
     assert state.length == 40
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_padded_rows_are_those_of_torch(backends: dict[str, OrtBackend], family: str) -> None:
     padding = [0, 3, 9]
     ids = random_ids(3, 20)
@@ -82,6 +86,54 @@ def test_padded_rows_are_those_of_torch(backends: dict[str, OrtBackend], family:
     np.testing.assert_allclose(seen[real], expected[real], rtol=0, atol=1e-4)
     unpadded = theirs(family, ids[2:, 9:])  # and those of the same row alone
     np.testing.assert_allclose(seen[2, 9:], unpadded[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_padding_may_outlast_the_first_steps(backends: dict[str, OrtBackend], family: str) -> None:
+    padding = [0, 9, 11]
+    ids = random_ids(3, 20)
+    mask = (np.arange(20) >= np.array(padding)[:, None]).astype(np.int64)
+    expected = theirs(family, ids, mask)
+    state = backends[family].new_state(3, 20, left_padding=padding)
+    steps = ((0, 3), (3, 4), (4, 10), (10, 11), (11, 12), (12, 20))
+    seen = np.concatenate([backends[family].step(state, ids[:, a:b]).copy() for a, b in steps], 1)
+    real = mask.astype(bool)
+    np.testing.assert_allclose(seen[real], expected[real], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("padding", [None, [0, 5]])
+def test_kept_logits_are_the_last_ones(backends: dict[str, OrtBackend], family: str, padding: list[int] | None) -> None:
+    backend, ids = backends[family], random_ids(2, 24)
+    whole, some = (backend.new_state(2, 24, left_padding=padding) for _ in range(2))
+    for (a, b), keep in (((0, 12), 1), ((12, 13), 1), ((13, 20), 3), ((20, 24), 4)):
+        expected = backend.step(whole, ids[:, a:b])[:, -keep:].copy()
+        found = backend.step(some, ids[:, a:b], keep=keep)
+        assert found.shape == (2, keep, 320)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    for wrong in (0, 3):
+        with pytest.raises(BadInput, match="of 2 tokens"):
+            backend.step(backend.new_state(1, 8), ids[:1, :2], keep=wrong)
+
+
+@pytest.mark.parametrize("family", [family for family in ALL if family.startswith("fused")])
+def test_a_rewound_state_goes_on_as_if_nothing_had_followed(backends: dict[str, OrtBackend], family: str) -> None:
+    backend, ids = backends[family], random_ids(2, 20)
+    state = backend.new_state(2, 20, left_padding=[0, 4])
+    backend.step(state, ids[:, :8])
+    expected = backend.step(state, ids[:, 8:9]).copy()
+    backend.step(state, random_ids(2, 6, seed=1))
+    backend.rewind(state, 8)
+    assert state.length == 8
+    np.testing.assert_allclose(backend.step(state, ids[:, 8:9]), expected, rtol=0, atol=1e-6)
+    with pytest.raises(BadInput, match="of 9 tokens can't go back to 10"):
+        backend.rewind(state, 10)
+
+
+def test_a_growing_cache_cannot_be_rewound(backends: dict[str, OrtBackend]) -> None:
+    assert [backends[family].rewinds for family in ("llama", "fused llama")] == [False, True]
+    with pytest.raises(BadInput, match="build the bundle with fused attention"):
+        backends["llama"].rewind(backends["llama"].new_state(1, 4), 0)
 
 
 def test_states_do_not_touch_each_other(backends: dict[str, OrtBackend]) -> None:
@@ -165,8 +217,10 @@ def test_a_shared_cache_is_written_in_place(tmp_path: Path) -> None:
         assert state.cache.past is state.cache.present
         for a, b in ((0, 7), (7, 8), (8, 9), (9, 20)):
             np.testing.assert_allclose(backend.step(state, ids[:, a:b]), expected[:, a:b], rtol=0, atol=1e-4)
-    with pytest.raises(BadInput, match="can't mask padding"):
-        backend.new_state(2, MAX_TOKENS, left_padding=[0, 1])
+    padded = backend.new_state(2, MAX_TOKENS, left_padding=[0, 5])
+    np.testing.assert_allclose(
+        backend.step(padded, np.stack([ids[0], np.roll(ids[1], 5)]))[1, 5:], expected[1, :15], rtol=0, atol=1e-4
+    )
 
 
 def test_a_graph_that_is_not_the_declared_one_is_refused(tmp_path: Path) -> None:

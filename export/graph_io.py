@@ -6,9 +6,12 @@ a reader map foreign files (CVE-2026-27489, CVE-2026-34445), so a name must be a
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -18,6 +21,10 @@ from edgestill.runtime.errors import BadInput
 
 EXTERNAL_OVER_BYTES = 1_500_000_000
 """Weights above this leave the .onnx file (a protobuf cannot exceed 2 GiB, and readers parse it whole)."""
+OUTSIDE_FROM_BYTES = 1024
+"""Smaller initializers stay in the file: shapes and scalars, which shape inference reads."""
+PAGE = 4096
+"""Weights begin on a page of their own, so that they can be mapped."""
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -50,18 +57,59 @@ def external_files(path: Path) -> tuple[str, ...]:
 def save_graph(model: ir.Model, path: Path, *, external_over_bytes: int = EXTERNAL_OVER_BYTES) -> None:
     """Write `path`, and `<path>.data` beside it when the weights exceed `external_over_bytes`.
 
-    Both are written in a folder beside and renamed, the data first, so that an interrupted write leaves no graph.
+    Equal bytes stand in the data once, whatever shapes they are read in. Both files are written in a folder beside and
+    renamed, the data first, so that an interrupted write leaves no graph.
     """
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    data = f"{path.name}.data" if weights > external_over_bytes else None
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as folder:
-        ir.save(model, Path(folder) / path.name, external_data=data)
-        if data is not None:
+        if weight_bytes(model) > external_over_bytes:
+            data = f"{path.name}.data"
+            with _weights_outside(model, Path(folder) / data):
+                ir.save(model, Path(folder) / path.name)
             (Path(folder) / data).replace(path.parent / data)
-        (Path(folder) / path.name).replace(path)
-    if data is None:
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+            (Path(folder) / path.name).replace(path)
+        else:
+            ir.save(model, Path(folder) / path.name)
+            (Path(folder) / path.name).replace(path)
+            path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+@contextmanager
+def _weights_outside(model: ir.Model, data: Path) -> Iterator[None]:
+    """Write the large initializers of `model` to `data`; meanwhile they refer to it."""
+    inside: list[tuple[ir.Value, ir.TensorProtocol]] = []
+    offsets: dict[bytes, int] = {}
+    with data.open("wb") as handle:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < OUTSIDE_FROM_BYTES:
+                continue
+            content = tensor.tobytes()
+            key = hashlib.sha256(content).digest()
+            if key not in offsets:
+                handle.write(b"\0" * (-handle.tell() % PAGE))
+                offsets[key] = handle.tell()
+                handle.write(content)
+            inside.append((value, tensor))
+            value.const_value = ir.ExternalTensor(
+                data.name,
+                offsets[key],
+                len(content),
+                tensor.dtype,
+                shape=ir.Shape(tensor.numpy().shape),
+                name=str(value.name),
+                base_dir=data.parent,
+            )
+    try:
+        yield
+    finally:
+        for value, tensor in inside:
+            value.const_value = tensor
 
 
 def copy_graph(source: Path, target: Path) -> None:

@@ -27,6 +27,12 @@ Penalty = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Repeat the same draws.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be repeated.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft", metavar="lookup|BUNDLE", help="Guess ahead: from the text itself, or by a smaller student."
+    ),
+]
 Unverified = Annotated[bool, typer.Option("--no-verify", help="Open without hashing the files again.")]
 
 
@@ -43,6 +49,7 @@ def generate(
     repetition_penalty: Penalty = None,
     seed: Seed = None,
     stop: Stop = None,
+    draft: Draft = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show counts and speed on stderr.")] = False,
     no_verify: Unverified = False,
 ) -> None:
@@ -64,6 +71,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop,
+        draft=_drafts(draft, verify=not no_verify),
     )
     _, statistics = _print_stream(model, text, options)
     if stats:
@@ -80,6 +88,7 @@ def chat(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
+    draft: Draft = None,
     no_verify: Unverified = False,
 ) -> None:
     """Talk with a model that has a chat template. An empty line or Ctrl-D ends the talk.
@@ -98,6 +107,7 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        draft=_drafts(draft, verify=not no_verify),
     )
     opening = [] if system is None else [{"role": "system", "content": system}]
     model.render_chat(
@@ -116,6 +126,11 @@ def _load(bundle: Path, *, verify: bool) -> Any:
     from edgestill.runtime.model import load
 
     return load(bundle, verify=verify)
+
+
+def _drafts(draft: str | None, *, verify: bool) -> Any:
+    """What `--draft` names: a word of the library, or a bundle to open."""
+    return _load(Path(draft), verify=verify) if draft not in (None, "lookup") else draft
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -146,8 +161,11 @@ def _print_stream(model: Any, prompt: str | Sequence[int], options: dict[str, An
 def _print_statistics(statistics: Any) -> None:
     rate = statistics.decode_tokens_per_s
     speed = "" if rate is None else f", then {rate:.1f} tokens/s"
+    guesses = ""
+    if (share := statistics.acceptance_rate) is not None:
+        guesses = f"; {statistics.guessed_tokens} guesses, {share:.0%} right"
     typer.echo(
         f"{statistics.prompt_tokens} prompt + {statistics.new_tokens} new tokens ({statistics.finish_reason}); "
-        f"first after {statistics.first_token_ms:.1f} ms{speed}",
+        f"first after {statistics.first_token_ms:.1f} ms{speed}{guesses}",
         err=True,
     )

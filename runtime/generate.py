@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from edgestill.runtime.backends import Backend, prefill_last
+from edgestill.runtime.backends import F32, Backend, prefill_last
 from edgestill.runtime.sampling import Sampler
+from edgestill.runtime.speculation import MAX_DRAFT, Drafter
 from edgestill.runtime.text import Detokenizer, StopStrings
 
 Finish = Literal["stop", "length", "eos"]
@@ -31,8 +32,17 @@ class GenerationStatistics:
     first_token_ms: float
     """From the start of the work to the first token: prefill, choice and decoding to text."""
     inter_token_ms: tuple[float, ...]
-    """Time of every token after the first."""
+    """Time of every token after the first. Guesses that were right come with the token before them: their time is next to 0."""
     finish_reason: Finish
+    guessed_tokens: int = 0
+    """Guesses that were verified (speculation.py)."""
+    accepted_tokens: int = 0
+    """Guesses that were right."""
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of the guesses that were right; None without guesses."""
+        return self.accepted_tokens / self.guessed_tokens if self.guessed_tokens else None
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -104,19 +114,17 @@ def generate_pieces(
     detokenizer: Detokenizer,
     stops: StopStrings,
     ending: Ending,
+    drafter: Drafter | None = None,
 ) -> Iterator[Piece]:
     """Decode after `prompt_ids` (at least one token); the last piece has `finish` and `statistics`.
 
     Arguments are checked by `Model.stream`.
     """
     started = perf_counter()
-    state = backend.new_state(1, len(prompt_ids) + ending.max_new_tokens)
-    logits = prefill_last(backend, state, np.asarray([prompt_ids], np.int64))[0]
-    token_ids = np.empty((1, 1), np.int64)
+    passes = _Passes(backend, prompt_ids, ending.max_new_tokens, drafter)
     times: list[float] = []
-    finish: Finish | None = None
     while True:
-        token, logprob = sampler.choose(logits)
+        token, logprob = sampler.choose(passes.logits)
         silent = token in ending.eos_token_ids or token in ending.stop_token_ids
         text = stops.push("" if silent else detokenizer.push(token))
         finish = ending.reason(token, len(times) + 1, stops.stopped)
@@ -127,7 +135,56 @@ def generate_pieces(
             break
         yield Piece(text, token, logprob)
         started = perf_counter()
-        token_ids[0, 0] = token
-        logits = backend.step(state, token_ids)[0, 0]
-    statistics = GenerationStatistics(len(prompt_ids), len(times), times[0], tuple(times[1:]), finish)
+        passes.append(token, ending.max_new_tokens - len(times))
+    statistics = GenerationStatistics(
+        len(prompt_ids), len(times), times[0], tuple(times[1:]), finish, passes.guessed, passes.accepted
+    )
     yield Piece(text, token, logprob, finish, statistics)
+
+
+class _Passes:
+    """The model's side of one text: logits after the last token, and guesses that were verified along with it."""
+
+    def __init__(
+        self, backend: Backend, prompt_ids: Sequence[int], max_new_tokens: int, drafter: Drafter | None
+    ) -> None:
+        self._backend, self._drafter = backend, drafter
+        self._state = backend.new_state(1, len(prompt_ids) + max_new_tokens)
+        self.logits: F32 = prefill_last(backend, self._state, np.asarray([prompt_ids], np.int64))[0]
+        """float32 [V], valid until the next `append`."""
+        self.guessed = self.accepted = 0
+        self._one = np.empty((1, 1), np.int64)
+        self._tokens = list(prompt_ids)
+        self._guesses: list[int] = []
+        self._ahead: F32 | None = None
+        """float32 [guesses + 1, V] of the last pass."""
+        self._used = 0
+        """Rows of `_ahead` that were chosen from."""
+        self._seconds = 0.0
+
+    def append(self, token: int, left: int) -> None:
+        """`token` was chosen, and at most `left` more will be."""
+        if self._drafter is None:
+            self._one[0, 0] = token
+            self.logits = self._backend.step(self._state, self._one)[0, 0]
+            return
+        self._tokens.append(token)
+        if self._ahead is not None and self._guesses[self._used - 1 : self._used] == [token]:
+            self.accepted += 1
+            self.logits = self._ahead[self._used]
+            self._used += 1
+            return
+        self._pass(token, left, self._drafter)
+
+    def _pass(self, token: int, left: int, drafter: Drafter) -> None:
+        """Verify the next guesses in one pass."""
+        if self._ahead is not None:
+            self._backend.rewind(self._state, len(self._tokens) - 1)
+            drafter.learn(len(self._guesses) + 1, self._seconds, self._tokens[-self._used :])
+        self._guesses = drafter.propose(self._tokens, min(left - 1, MAX_DRAFT))
+        started = perf_counter()
+        step = np.array([[token, *self._guesses]], np.int64)
+        self._ahead = self._backend.step(self._state, step)[0]
+        self._seconds = perf_counter() - started
+        self.guessed += len(self._guesses)
+        self.logits, self._used = self._ahead[0], 1

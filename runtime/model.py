@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from edgestill.runtime.generate import Ending, Generation, Piece, generate_piece
 from edgestill.runtime.manifest import Manifest, ModelFacts
 from edgestill.runtime.manifest_reader import TOKENIZER
 from edgestill.runtime.sampling import Sampler, SamplingOptions
+from edgestill.runtime.speculation import Drafter, DraftModel, PromptLookup
 from edgestill.runtime.text import Detokenizer, StopStrings
 
 DEFAULTS = SamplingOptions()
@@ -130,11 +131,14 @@ class Model:
         seed: int | None = DEFAULTS.seed,
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        draft: Literal["lookup"] | Model | None = None,
     ) -> Iterator[Piece]:
         """Continue `prompt` (text or token ids), one `Piece` per token. Leaving the loop stops the work.
 
         `max_new_tokens`: None takes what fits. `stop`: strings that end the text and are not part of it. The sampling
-        arguments are those of `SamplingOptions`. Arguments are checked now, the work begins with the first piece.
+        arguments are those of `SamplingOptions`. `draft`: where guesses come from that are verified along with a token, the text
+        itself or a smaller model; they change no choice, but their number follows the clock, and with it the last bits of the
+        logits: a seeded draw that falls on such a bit may differ. Arguments are checked now, the work begins with the first piece.
 
         Raises:
             PromptTooLong: prompt and new tokens exceed the model's length. Nothing is truncated.
@@ -149,7 +153,8 @@ class Model:
         )
         stops = StopStrings([stop] if isinstance(stop, str) else list(stop))
         sampler = Sampler(options, self.facts.vocab_size, prompt_ids)
-        return generate_pieces(self.backend, prompt_ids, sampler, self.detokenizer(), stops, ending)
+        drafter = self._drafter(draft, len(prompt_ids) + ending.max_new_tokens)
+        return generate_pieces(self.backend, prompt_ids, sampler, self.detokenizer(), stops, ending, drafter)
 
     def generate(
         self,
@@ -164,6 +169,7 @@ class Model:
         seed: int | None = DEFAULTS.seed,
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        draft: Literal["lookup"] | Model | None = None,
     ) -> Generation:
         """`stream` to its end: the whole text, its tokens, why it ended, and the timings."""
         pieces = list(
@@ -178,6 +184,7 @@ class Model:
                 seed=seed,
                 stop=stop,
                 stop_token_ids=stop_token_ids,
+                draft=draft,
             )
         )
         statistics = pieces[-1].statistics
@@ -222,6 +229,23 @@ class Model:
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental detokenizer, for tokens that come from elsewhere."""
         return Detokenizer(self._tokenizer.decode, self._special_ids)
+
+    def _drafter(self, draft: Literal["lookup"] | Model | None, tokens: int) -> Drafter | None:
+        """A fresh source of guesses for a text of so many tokens."""
+        if draft is None:
+            return None
+        if not self.backend.rewinds:
+            raise BadInput("this model's cache can't be rewound, so guesses can't be taken back; leave draft out")
+        if draft == "lookup":
+            return PromptLookup()
+        if not isinstance(draft, Model):
+            raise BadInput(f"draft is {draft!r}; give 'lookup', a loaded model or None")
+        ours, theirs = self._tokenizer.get_vocab(), draft._tokenizer.get_vocab()
+        if ours != theirs or self.facts.vocab_size != draft.facts.vocab_size:
+            raise BadInput(
+                f"the draft model {draft.manifest.name} has another vocabulary; give a student of the same teachers"
+            )
+        return DraftModel(draft.backend, tokens)
 
     def _token_text(self, token_id: int | None) -> str:
         return "" if token_id is None else self._tokenizer.id_to_token(token_id) or ""

@@ -77,10 +77,16 @@ def _whole_of(concat: ir.Node) -> ir.Value | None:
 def _connect_output(node: ir.Node) -> bool:
     """Whether a product reads the rows now."""
     output = node.outputs[0]
-    value = output
-    while len(readers := readers_of(value)) == 1 and readers[0].op_type in ("Reshape", "Transpose"):
+    value, readers = output, _readers_of_values(output)
+    while len(readers) == 1 and readers[0].op_type in ("Reshape", "Transpose"):
         value = readers[0].outputs[0]
+        readers = _readers_of_values(value)
     if value is output or not readers or any(reader.op_type != "MatMul" for reader in readers):
         return False
     ir.convenience.replace_all_uses_with(value, output)
     return True
+
+
+def _readers_of_values(value: ir.Value) -> list[ir.Node]:
+    """Those that read more than the shape, which is needed only for the layout that goes."""
+    return [node for node in readers_of(value) if node.op_type != "Shape"]

@@ -36,7 +36,7 @@ def _rewrite(node: ir.Node) -> str | None:
         return "it scales or transposes"
     if x is None or x.shape is None or weight is None or weight.shape is None or len(x.shape) != 3:
         return "its input has not three dimensions"
-    if x.shape[2] != weight.shape[0]:
+    if isinstance(x.shape[2], int) and x.shape[2] != weight.shape[0]:
         return "its input is not cut along the last axis"
     product = ir.node("MatMul", [x, weight], name=node.name)
     if len(node.inputs) < 3 or node.inputs[2] is None:

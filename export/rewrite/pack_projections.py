@@ -4,7 +4,7 @@
 
 Codes and scales of an output stand in a row of their own, so joining weights copies rows: the integers stay what they were.
 Float products are joined by columns. Where the parts are query, key and value of one GroupQueryAttention, it reads them
-joined and nothing is split.
+joined and nothing is split; and where a model splits one product into the three (GPT-2), that Split goes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edgestill.export.nodes import add_constant, constant_array, readers_of
+from edgestill.export.nodes import add_constant, constant_array, made_by, readers_of
 from edgestill.export.quantized_ops import CONTRIB
 from edgestill.export.rewrite.outcome import Outcome
 
@@ -28,7 +28,7 @@ def pack_projections(model: ir.Model) -> Outcome:
     for node in model.graph:
         if node.op_type in PRODUCTS and node.inputs[0] is not None and not node.inputs[0].is_initializer():
             groups[node.inputs[0]].append(node)
-    done, left = 0, []
+    done, left = _unsplit(model.graph), []
     for nodes in groups.values():
         if len(nodes) < 2:
             continue
@@ -39,6 +39,27 @@ def pack_projections(model: ir.Model) -> Outcome:
         else:
             left.append(f"{nodes[0].name}: {why}")
     return Outcome("pack projections", done, tuple(left))
+
+
+def _unsplit(graph: ir.Graph) -> int:
+    """Let attention read what was split into its query, key and value; returns how many did not."""
+    done = 0
+    for node in graph:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        split = made_by(node.inputs[0], "Split")
+        if split is None or split.attributes.get_int("axis", 0) not in (-1, 2) or split.inputs[0] is None:
+            continue
+        if list(node.inputs[:3]) == list(split.outputs):
+            _read_joined(node, split.inputs[0])
+            done += 1
+    return done
+
+
+def _read_joined(attention: ir.Node, joined: ir.Value) -> None:
+    attention.replace_input_with(0, joined)
+    attention.replace_input_with(1, None)
+    attention.replace_input_with(2, None)
 
 
 def _why_apart(nodes: Sequence[ir.Node]) -> str | None:
@@ -72,12 +93,10 @@ def _join(graph: ir.Graph, nodes: list[ir.Node]) -> None:
         bias = add_constant(graph, f"{nodes[0].name}_joined_bias", together)
         last = ir.node("Add", [product.outputs[0], bias], name=f"{product.name}_bias")
     ends = [add if add is not None else node for add, node in zip(biases or [None] * len(nodes), nodes, strict=True)]
-    first = min(nodes, key=lambda node: _position(graph, node))
+    first = next(node for node in graph if node in nodes)
     graph.insert_before(first, [product] if last is product else [product, last])
     if attention is not None and all(_only_read_by(end, attention) for end in ends):
-        attention.replace_input_with(0, last.outputs[0])
-        attention.replace_input_with(1, None)
-        attention.replace_input_with(2, None)
+        _read_joined(attention, last.outputs[0])
         return
     sizes = add_constant(graph, f"{product.name}_sizes", np.array([_outputs(node) for node in nodes], np.int64))
     split = ir.node(
@@ -143,7 +162,3 @@ def _through_bias(value: ir.Value | None) -> ir.Value | None:
 
 def _only_read_by(node: ir.Node, reader: ir.Node) -> bool:
     return all(found is reader for found in readers_of(node.outputs[0]))
-
-
-def _position(graph: ir.Graph, node: ir.Node) -> int:
-    return next(i for i, other in enumerate(graph) if other is node)

@@ -7,10 +7,11 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgestill.export.graph_io import load_graph, save_graph
+from edgestill.export.graph_io import load_graph, save_graph, weight_bytes
 from edgestill.export.quantized_ops import CONTRIB
 from edgestill.export.rewrite.activation import activation
 from edgestill.export.rewrite.attention_layout import attention_layout
+from edgestill.export.rewrite.constant_reshape import constant_reshape
 from edgestill.export.rewrite.flat_gemm import flat_gemm
 from edgestill.export.rewrite.logits_to_keep import logits_to_keep
 from edgestill.export.rewrite.outcome import Outcome
@@ -21,13 +22,22 @@ FOLDED_BYTES = 1024
 """Constants up to this size are folded: shapes and scalars, never a weight (a transposed head would be stored twice)."""
 
 
+MAPPED_FROM_BYTES = 16 << 20
+"""A smaller graph is one file; of a larger one, reading the weights into memory would cost as much memory again."""
+
+
 def join_weights(path: Path) -> tuple[Outcome, ...]:
-    """Rewrite the graph file `path`, quantized or not, so that products of one activation are one product."""
+    """Rewrite the graph file `path`, quantized or not, so that products of one activation are one product.
+
+    Weights of more than MAPPED_FROM_BYTES leave the file for one that is mapped.
+    """
     model = load_graph(path)
-    outcomes = (pack_projections(model),)
+    outcomes = [pack_projections(model)]
+    if weight_bytes(model) > MAPPED_FROM_BYTES:
+        outcomes.append(constant_reshape(model))
     RemoveUnusedNodesPass()(model)
-    save_graph(model, path)
-    return outcomes
+    save_graph(model, path, external_over_bytes=MAPPED_FROM_BYTES)
+    return tuple(outcomes)
 
 
 def fuse(model: ir.Model) -> tuple[Outcome, ...]:
@@ -35,7 +45,9 @@ def fuse(model: ir.Model) -> tuple[Outcome, ...]:
     from onnxscript import optimizer
 
     optimizer.optimize_ir(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
-    outcomes = tuple(rule(model) for rule in (flat_gemm, attention_layout, skip_norm, activation, logits_to_keep))
-    RemoveUnusedNodesPass()(model)
+    outcomes = []
+    for rule in (flat_gemm, attention_layout, skip_norm, activation, logits_to_keep):
+        outcomes.append(rule(model))
+        RemoveUnusedNodesPass()(model)  # the next rule counts readers
     model.graph.opset_imports[CONTRIB] = 1
-    return outcomes
+    return tuple(outcomes)

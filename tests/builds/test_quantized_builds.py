@@ -68,7 +68,7 @@ def test_the_bundle_has_the_bytes_that_training_left(built: tuple[Path, str]) ->
     shipped = [numpy_helper.to_array(i).tobytes() for i in graph.initializer]
     assert len(trained) > 20
     for name, array in trained.items():
-        assert array.tobytes() in shipped, name
+        assert any(array.tobytes() in weights for weights in shipped), name  # joined weights lie one after the other
     info = json.loads((stage / "stage.json").read_text())["info"]
     assert 1 < info["quantized_validation_perplexity"] != info["validation_perplexity"] > 1
 

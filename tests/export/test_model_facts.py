@@ -26,9 +26,11 @@ def test_facts_are_those_of_the_files(family: str, tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path, family, width=32, layers=3, max_tokens=96)
     facts = facts_of_checkpoint(checkpoint)
     assert facts.parameters == _stored_elements(checkpoint)  # a tied head is stored once
-    assert (facts.model_type, facts.n_layers, facts.n_heads, facts.hidden_size) == (family, 3, 4, 32)
-    assert facts.n_kv_heads == SIZES[family].get("num_key_value_heads", 4)
-    assert (facts.head_size, facts.max_tokens, facts.vocab_size) == (8, 96, 320)
+    heads = SIZES[family].get("num_attention_heads", 4)
+    assert (facts.model_type, facts.n_layers, facts.n_heads, facts.hidden_size) == (family, 3, heads, 32)
+    assert facts.n_kv_heads == SIZES[family].get("num_key_value_heads", heads)
+    assert facts.head_size == SIZES[family].get("head_dim", 32 // heads)
+    assert (facts.max_tokens, facts.vocab_size) == (96, 320)
     assert (facts.bos_token_id, facts.eos_token_ids) == (0, (0,))
 
 

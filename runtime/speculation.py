@@ -1,0 +1,178 @@
+"""Speculation: guess the next tokens, verify them in one pass, keep those the model would have chosen itself.
+
+    PromptLookup   what followed the last time these tokens appeared (LLMA, arXiv 2304.04487; prompt lookup decoding)
+    DraftModel     a smaller student, greedily
+
+Verification chooses token after token with the caller's own sampler from the model's own logits, and goes on while the choice
+is the guess. So a guess changes no token and no distribution, whatever it is; it only saves passes. The pass over n tokens and
+n passes over one token round differently in the last bits, so equal logits to those bits may tie otherwise.
+
+How many guesses are worth their verification is worked out from what was seen (`DraftLength`): how often guesses were right,
+counted also when none was sent, and what passes of each length took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+
+from edgestill.runtime.backends import F32, Backend, prefill_last
+from edgestill.runtime.errors import BadInput
+
+MAX_DRAFT = 8
+"""Guesses in one pass: a pass over 9 tokens costs a small int4 model on a CPU three passes over one."""
+LONGEST_MATCH, SHORTEST_MATCH = 4, 2
+"""Tokens that must have appeared before; single tokens repeat in every text, and what follows them does not."""
+MEMORY = 0.9
+"""Weight of the past at each new observation."""
+
+
+class Drafter(Protocol):
+    """Where guesses come from. One belongs to one text."""
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        """At most `most` guesses at what follows `tokens`, prompt included; asked once per pass."""
+        ...
+
+    def learn(self, passed: int, seconds: float, chosen: Sequence[int]) -> None:
+        """The pass over `passed` tokens after the last proposal took so long and gave the tokens `chosen`."""
+        ...
+
+
+class DraftLength:
+    """How many guesses pay, from the share that was right and the times of passes."""
+
+    def __init__(self, right: float) -> None:
+        """`right`: share of guesses taken to be right before any was seen."""
+        self._right, self._seen = right * 2.0, 2.0
+        self._pass_s: dict[int, float] = {}
+        self._slope = 0.3
+
+    @property
+    def share_right(self) -> float:
+        """Of guesses whose predecessors were right."""
+        return self._right / self._seen
+
+    def count(self, guesses: Sequence[int], chosen: Sequence[int]) -> None:
+        """Compare guesses with what was chosen, up to the first that was wrong."""
+        for guess, token in zip(guesses, chosen, strict=False):
+            self._right = MEMORY * self._right + (guess == token)
+            self._seen = MEMORY * self._seen + 1
+            if guess != token:
+                return
+
+    def time(self, passed: int, seconds: float) -> None:
+        """A pass over `passed` tokens took so long."""
+        before = self._pass_s.get(passed, seconds)
+        self._pass_s[passed] = MEMORY * before + (1 - MEMORY) * min(seconds, 2 * before)
+        one = self._pass_s.get(1)
+        if one is not None and passed > 1:
+            self._slope = MEMORY * self._slope + (1 - MEMORY) * max(
+                0.0, (self._pass_s[passed] / one - 1) / (passed - 1)
+            )
+
+    def best(self, most: int, guess_cost: float = 0.0) -> int:
+        """The number of guesses up to `most` with the most tokens per time; `guess_cost` in passes over one token."""
+        right = min(self.share_right, 0.99)
+        rates = [(1 - right ** (n + 1)) / (1 - right) / (1 + n * (self._slope + guess_cost)) for n in range(most + 1)]
+        return int(np.argmax(rates))
+
+
+class PromptLookup:
+    """Guesses are what followed the latest earlier place that ends in the same tokens, the longest match first."""
+
+    def __init__(self) -> None:
+        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST_MATCH + 1)]
+        self._indexed = 0
+        # the longer the match, the likelier the same goes on: each length keeps its own score
+        self._lengths = {n: DraftLength(right=0.25 * n) for n in range(SHORTEST_MATCH, LONGEST_MATCH + 1)}
+        self._match = 0
+        self._guesses: list[int] = []
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        """See `Drafter.propose`."""
+        self._index(tokens)
+        self._match, self._guesses = 0, []
+        for n in range(min(LONGEST_MATCH, len(tokens) - 1), SHORTEST_MATCH - 1, -1):
+            place = self._places[n].get(tuple(tokens[-n:]))
+            if place is not None:
+                self._match, self._guesses = n, list(tokens[place : place + MAX_DRAFT])
+                return self._guesses[: self._lengths[n].best(min(most, len(self._guesses)))]
+        return []
+
+    def learn(self, passed: int, seconds: float, chosen: Sequence[int]) -> None:
+        """See `Drafter.learn`."""
+        for length in self._lengths.values():
+            length.time(passed, seconds)
+        if self._match:
+            self._lengths[self._match].count(self._guesses, chosen)
+
+    def _index(self, tokens: Sequence[int]) -> None:
+        """Note, for every run of tokens, what comes behind it; the end of the text has nothing behind it yet."""
+        for end in range(max(self._indexed, 1), len(tokens)):
+            for n in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
+                self._places[n][tuple(tokens[end - n : end])] = end
+        self._indexed = max(self._indexed, len(tokens))
+
+
+class DraftModel:
+    """Guesses are the greedy tokens of a smaller model with the same vocabulary."""
+
+    def __init__(self, backend: Backend, max_tokens: int) -> None:
+        """`max_tokens`: of the text, prompt included.
+
+        Raises:
+            BadInput: its cache can't be rewound.
+        """
+        if not backend.rewinds:
+            raise BadInput("the draft model's cache can't be rewound; build its bundle with fused attention")
+        self._backend = backend
+        self._state = backend.new_state(1, min(max_tokens + MAX_DRAFT, backend.facts.max_tokens))
+        self._held: list[int] = []
+        self._length = DraftLength(right=0.7)
+        self._guesses: list[int] = []
+        self._guess_s, self._pass_s = 0.0, 0.0
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        """See `Drafter.propose`."""
+        room = self._state.max_tokens - len(tokens)
+        cost = self._guess_s / self._pass_s if self._pass_s else 0.2
+        wanted = self._length.best(max(0, min(most, room)), cost)
+        self._guesses = []
+        if wanted == 0 and room > 0 and len(tokens) % 16 == 0:
+            wanted = 1  # now and then, lest a bad start be the last word
+        if wanted == 0:
+            return []
+        logits = self._catch_up(tokens)
+        for _ in range(wanted):
+            started = perf_counter()
+            guess = int(logits.argmax())
+            self._guesses.append(guess)
+            if len(self._guesses) < wanted:
+                logits = self._backend.step(self._state, np.array([[guess]], np.int64))[0, -1]
+                self._held.append(guess)
+                spent = perf_counter() - started
+                self._guess_s = MEMORY * self._guess_s + (1 - MEMORY) * spent if self._guess_s else spent
+        return self._guesses
+
+    def learn(self, passed: int, seconds: float, chosen: Sequence[int]) -> None:
+        """See `Drafter.learn`."""
+        self._length.time(passed, seconds)
+        if passed == 1:
+            self._pass_s = MEMORY * self._pass_s + (1 - MEMORY) * seconds if self._pass_s else seconds
+        self._length.count(self._guesses, chosen)
+
+    def _catch_up(self, tokens: Sequence[int]) -> F32:
+        """Hold exactly `tokens`; the logits after the last."""
+        same = 0
+        for held, token in zip(self._held, tokens[:-1], strict=False):
+            if held != token:
+                break
+            same += 1
+        self._backend.rewind(self._state, same)
+        self._held = list(tokens)
+        last: F32 = prefill_last(self._backend, self._state, np.asarray([tokens[same:]], np.int64))[0]
+        return last

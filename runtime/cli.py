@@ -89,6 +89,7 @@ for name, command, summary in (
     ("export", commands_build.export, "Turn a checkpoint into a judged bundle"),
     ("check", commands_bundle.check, "Judge a bundle on this machine"),
     ("bench", commands_bundle.bench, "Measure speed and memory, without a verdict"),
+    ("tune", commands_bundle.tune, "Find the fastest session settings on this machine"),
     ("report", commands_bundle.report, "Write report.html from the stored JSON"),
     ("verify", commands_bundle.verify, "Check structure and checksums only"),
     ("generate", commands_text.generate, "Continue a text, token by token"),

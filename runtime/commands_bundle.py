@@ -64,6 +64,27 @@ def bench(
     print_report(result)
 
 
+def tune(bundle: BundleArgument, json: JsonOption = None) -> None:
+    """Find the fastest session settings for a bundle's workload on this machine; load, check and bench use them from then on.
+
+    \b
+    Example:
+        edgestill tune build/quickstart/cpu-x86
+    """
+    require_bundle(bundle)
+    from edgestill.runtime.tune import tune_bundle
+
+    with writing(bundle):
+        found = tune_bundle(bundle, Progress())
+    if json is not None:
+        save_json(found, json)
+    for row in found["measured"]:
+        word = row["word"]
+        typer.echo(f"{word} {row[word]}: {row['workload_ms']:.1f} ms")
+    chosen = ", ".join(f"{word} {value}" for word, value in found["settings"].items())
+    typer.echo(f"kept in {bundle / 'local' / 'tuned.json'}: {chosen}")
+
+
 def report(bundle: BundleArgument) -> None:
     """Write report.html from the stored JSON of the build and of the checks on this machine.
 

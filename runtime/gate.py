@@ -27,6 +27,7 @@ from edgestill.runtime.measure import (
 )
 from edgestill.runtime.metrics import METRICS, Direction, metric
 from edgestill.runtime.progress import Progress
+from edgestill.runtime.settings import tuned_threads
 from edgestill.runtime.statistics import Estimate
 
 Verdict = Literal["pass", "fail", "incomplete"]
@@ -203,7 +204,7 @@ def _resources(bundle: Path, manifest: Manifest, progress: Progress | None) -> M
     reason = wrong_machine(manifest.profile.get("device", {}))
     if reason is None:
         try:
-            work = workload_of(manifest)
+            work = workload_of(manifest, threads=tuned_threads(bundle))
         except BadInput as refusal:
             reason = str(refusal)
     if reason is not None:

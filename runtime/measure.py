@@ -19,6 +19,7 @@ from edgestill.runtime.manifest import Manifest
 from edgestill.runtime.metrics import METRICS
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import FOLDER, HELD_OUT
+from edgestill.runtime.settings import tuned_threads
 from edgestill.runtime.statistics import Estimate, median, p95
 from edgestill.runtime.workload import Workload, check_workload
 
@@ -38,7 +39,11 @@ class Measurement:
 
 
 def workload_of(
-    manifest: Manifest, prompt_tokens: int | None = None, new_tokens: int | None = None, batch_size: int | None = None
+    manifest: Manifest,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
 ) -> Workload:
     """The profile's workload with the given counts in place of its own.
 
@@ -50,7 +55,7 @@ def workload_of(
         prompt_tokens=prompt_tokens if prompt_tokens is not None else int(stated.get("prompt_tokens", 128)),
         new_tokens=new_tokens if new_tokens is not None else int(stated.get("new_tokens", 64)),
         batch_size=batch_size if batch_size is not None else int(stated.get("batch_size", 1)),
-        threads=int(manifest.profile.get("device", {}).get("threads", 1)),
+        threads=threads or int(manifest.profile.get("device", {}).get("threads", 1)),
     )
     check_workload(work, manifest.model)
     return work
@@ -95,6 +100,7 @@ def measure_bundle(
     )
     samples = {
         "workload": dataclasses.asdict(work),
+        "session": found["session"],
         "warm_up": found["warm_up"],
         "load_ms": _rounded(found["load_ms"]),
         "first_token_ms": _rounded(found["first_token_ms"]),
@@ -179,7 +185,7 @@ def bench_bundle(
     from edgestill.runtime.gate import judge
 
     manifest = read_manifest(bundle)
-    work = workload_of(manifest, prompt_tokens, new_tokens, batch_size)
+    work = workload_of(manifest, prompt_tokens, new_tokens, batch_size, tuned_threads(bundle))
     surroundings = environment()
     measured = measure_bundle(
         bundle,

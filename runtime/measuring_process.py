@@ -18,6 +18,7 @@ from edgestill.runtime.child import Emit, emit_line
 from edgestill.runtime.errors import EdgestillError
 from edgestill.runtime.quality import measure_quality
 from edgestill.runtime.reference import FOLDER, HELD_OUT, PARITY, load_parity, load_reference
+from edgestill.runtime.tune import tune_task
 from edgestill.runtime.workload import Workload, run_workload
 
 
@@ -49,7 +50,7 @@ def quality_task(bundle: Path, request: dict[str, Any], emit: Emit) -> dict[str,
     return {"estimates": rows, "beside": beside, "paths": paths}
 
 
-TASKS = {"resources": resources_task, "quality": quality_task}
+TASKS = {"resources": resources_task, "quality": quality_task, "tune": tune_task}
 
 
 def main(arguments: list[str] | None = None) -> int:

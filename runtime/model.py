@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from edgestill.runtime.generate import Ending, Generation, Piece, generate_piece
 from edgestill.runtime.manifest import Manifest, ModelFacts
 from edgestill.runtime.manifest_reader import TOKENIZER
 from edgestill.runtime.sampling import Sampler, SamplingOptions
+from edgestill.runtime.settings import SessionSettings, default_threads, read_settings
 from edgestill.runtime.speculation import Drafter, DraftModel, PromptLookup
 from edgestill.runtime.text import Detokenizer, StopStrings
 
@@ -37,7 +39,8 @@ def load(path: str | Path, *, verify: bool = True, threads: int | None = None) -
     """Open the bundle in folder `path`.
 
     `verify=False` skips the hashes of the files (the manifest's digest and the folder's structure are always checked).
-    `threads`: None takes those of the profile, at most the processors of this process.
+    `threads`: None takes what `edgestill tune` chose on this machine, else those of the profile, at most the processors of this
+    process.
 
     Raises:
         BundleError: the bundle is damaged, incomplete, unsafe or too new.
@@ -57,15 +60,27 @@ def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
         raise MissingPart(
             f"the engine {engine} of this bundle can't be run here", "build it for engine onnxruntime-cpu"
         )
-    from edgestill.runtime.backends.ort import OrtBackend, available_cpus
-
     if wanted is not None and (type(wanted) is not int or wanted < 1):
         raise BundleError(
             f"{bundle.folder}: device.threads is {wanted!r}, not a positive integer; build the bundle again"
         )
-    graph, cpus = bundle.manifest.graph, available_cpus()
-    threads = threads or min(wanted or cpus, cpus)
-    return OrtBackend(bundle.path(graph.file), bundle.manifest.model, graph, threads=threads)
+    settings = read_settings(bundle) or SessionSettings(default_threads(bundle))
+    return open_with(bundle, replace(settings, threads=threads) if threads is not None else settings)
+
+
+def open_with(bundle: Bundle, settings: SessionSettings) -> Backend:
+    """The bundle's graph in onnxruntime, with these settings."""
+    from edgestill.runtime.backends.ort import OrtBackend
+
+    graph = bundle.manifest.graph
+    return OrtBackend(
+        bundle.path(graph.file),
+        bundle.manifest.model,
+        graph,
+        threads=settings.threads,
+        session_options=settings.session_options,
+        prefill_chunk=settings.prefill_chunk,
+    )
 
 
 class Model:

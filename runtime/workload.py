@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgestill.runtime.backends import prefill_last
+from edgestill.runtime.backends import Backend, prefill_last
 from edgestill.runtime.child import Emit
 from edgestill.runtime.energy import EnergyCounter, open_counter
 from edgestill.runtime.errors import BadInput
@@ -168,16 +168,18 @@ def prompts(bundle: Path, work: Workload, vocab_size: int, seed: int = 0) -> Ite
         yield prompt
 
 
-def generate_once(model: Model, prompt: I64, new_tokens: int, counter: EnergyCounter | None, idle_watts: float) -> Run:
+def generate_once(
+    backend: Backend, prompt: I64, new_tokens: int, counter: EnergyCounter | None, idle_watts: float
+) -> Run:
     """Prompt int64 [B, n] to `new_tokens` greedy tokens; `new_tokens` 1 stops at the first."""
     start = time.perf_counter()
-    state = model.backend.new_state(prompt.shape[0], prompt.shape[1] + new_tokens)
-    token = prefill_last(model.backend, state, prompt).argmax(axis=-1)[:, None]
+    state = backend.new_state(prompt.shape[0], prompt.shape[1] + new_tokens)
+    token = prefill_last(backend, state, prompt).argmax(axis=-1)[:, None]
     begin = before = time.perf_counter()
     energy = counter.joules() if counter is not None else 0.0
     inter: list[float] = []
     for _ in range(new_tokens - 1):
-        token = model.backend.step(state, token, keep=1)[:, 0].argmax(axis=-1)[:, None]
+        token = backend.step(state, token, keep=1)[:, 0].argmax(axis=-1)[:, None]
         now = time.perf_counter()
         inter.append((now - before) * 1e3)
         before = now
@@ -202,24 +204,26 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
     idle = counter.idle_watts() if isinstance(counter, EnergyCounter) else 0.0
     meter = counter if isinstance(counter, EnergyCounter) else None
     source = prompts(bundle, work, model.facts.vocab_size)
-    warm_up = [generate_once(model, next(source), work.new_tokens, None, 0.0) for _ in range(WARM_UP_RUNS)]
+    warm_up = [generate_once(model.backend, next(source), work.new_tokens, None, 0.0) for _ in range(WARM_UP_RUNS)]
     phases.append((round(sampler.now(), 3), "warm"))
     last = warm_up[-1]
     whole, extra = plan_runs(last.first_ms / 1e3, float(np.median(last.inter_ms)) / 1e3, work)
     runs: list[Run] = []
     first_only: list[float] = []
     for i in range(whole):
-        runs.append(generate_once(model, next(source), work.new_tokens, meter, idle))
+        runs.append(generate_once(model.backend, next(source), work.new_tokens, meter, idle))
         # spread over the generations, so that both see the same heat
         for _ in range(math.ceil(extra * (i + 1) / whole) - len(first_only)):
-            first_only.append(generate_once(model, next(source), 1, None, 0.0).first_ms)
+            first_only.append(generate_once(model.backend, next(source), 1, None, 0.0).first_ms)
         emit(i + 1, whole, "runs")
     peak = peak_resident_mib()
     sampler.stop()
+    session = model.backend.session
     del model
     loads = [load_ms, *_loads_again(runtime.load, bundle, work.threads, load_ms)]
     return {
         "load_ms": loads,
+        "session": session,
         "warm_up": [
             {"first_token_ms": run.first_ms, "inter_token_ms": float(np.median(run.inter_ms))} for run in warm_up
         ],

@@ -59,6 +59,10 @@ class Backend(Protocol):
 
     facts: ModelFacts
     graph: Graph
+    prefill_chunk: int
+    """Tokens of one pass through a prompt."""
+    session: dict[str, Any]
+    """How it was opened, for reports."""
 
     def new_state(self, batch_size: int, max_tokens: int, left_padding: Sequence[int] | None = None) -> Any:
         """An empty state (a `DecodeState` of this backend) for `batch_size` rows of at most `max_tokens` tokens.
@@ -107,11 +111,11 @@ def new_state_limits(
     return padding if padding.any() else None
 
 
-def prefill_last(backend: Backend, state: Any, token_ids: I64, chunk: int = MAX_CHUNK) -> F32:
+def prefill_last(backend: Backend, state: Any, token_ids: I64) -> F32:
     """Append `token_ids` (int64 [B, T], T >= 1) in chunks; returns the logits after the last, float32 [B, V], valid until the
     next step. Those of other positions are not computed where the graph can leave them out."""
-    for start in range(0, token_ids.shape[1], chunk):
-        logits = backend.step(state, token_ids[:, start : start + chunk], keep=1)
+    for start in range(0, token_ids.shape[1], backend.prefill_chunk):
+        logits = backend.step(state, token_ids[:, start : start + backend.prefill_chunk], keep=1)
     last: F32 = logits[:, -1]
     return last
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgestill.runtime.backends import F32, I64, new_state_limits
+from edgestill.runtime.backends import F32, I64, MAX_CHUNK, new_state_limits
 from edgestill.runtime.backends.ort_states import KEEP, GrowingState, OrtState, SharedState, Wiring
 from edgestill.runtime.errors import BadInput, BundleError
 from edgestill.runtime.manifest import Graph, ModelFacts, TensorSpec
@@ -38,6 +38,7 @@ class OrtBackend:
         *,
         threads: int | None = None,
         session_options: Mapping[str, str] | None = None,
+        prefill_chunk: int = MAX_CHUNK,
     ) -> None:
         """Open `graph_path` with `threads` intra-op threads (None: every processor of this process).
 
@@ -48,7 +49,10 @@ class OrtBackend:
         """
         self.facts = facts
         self.graph = graph
-        session = _open_session(graph_path, threads or available_cpus(), session_options or {})
+        self.prefill_chunk = prefill_chunk
+        threads = threads or available_cpus()
+        self.session = {"threads": threads, "prefill_chunk": prefill_chunk, **(session_options or {})}
+        session = _open_session(graph_path, threads, session_options or {})
         optional = session.get_overridable_initializers()  # inputs that have a default
         inputs = _checked_specs(graph_path, "input", [*session.get_inputs(), *optional], graph.inputs)
         outputs = _checked_specs(graph_path, "output", session.get_outputs(), graph.outputs)

@@ -28,7 +28,7 @@ from edgestill.runtime.gate import Check, Report
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *("build", "plan", "distill", "ablate", "export"),
-    *("check", "bench", "report", "verify"),
+    *("check", "bench", "tune", "report", "verify"),
     *("generate", "chat", "profiles"),
 ]
 OPTIONS = {
@@ -47,9 +47,11 @@ OPTIONS = {
         "--min-p",
         "--seed",
         "--stop",
+        "--draft",
         "--no-verify",
     ],
-    "chat": ["--system", "--max-new-tokens", "--temperature", "--seed", "--no-verify"],
+    "chat": ["--system", "--max-new-tokens", "--temperature", "--seed", "--draft", "--no-verify"],
+    "tune": ["--json"],
 }
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -222,8 +223,18 @@ def page(report: Mapping[str, Any], manifest: Mapping[str, Any], training: Seque
         warm_up=(report.get("samples") or {}).get("warm_up") or [],
         beside=rows_beside(report),
         beside_columns=COLUMNS,
+        rewrites=rewrites_of(report),
         heard=teacher_means(training, histograms),
     )
+
+
+def rewrites_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each rewrite of the graph did: rule, places, and (reason, places) for those that stayed as they were."""
+    rows = []
+    for row in report.get("rewrites") or []:
+        reasons = Counter(str(text).partition(": ")[2] or str(text) for text in row["left"])
+        rows.append({"rule": row["rule"], "done": row["done"], "left": list(reasons.items())})
+    return rows
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

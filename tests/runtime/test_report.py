@@ -199,3 +199,15 @@ def test_without_matplotlib_the_pip_line_is_printed(tmp_path: Path) -> None:
 def test_training_is_shown_when_there_is_one(training: list[dict[str, Any]] | None) -> None:
     text = page(report(), {}, training)
     assert ("Losses over training" in text) == (training is not None)
+
+
+def test_rewrites_say_what_they_did_and_what_stayed() -> None:
+    rewrites = [
+        {"rule": "attention", "done": 0, "left": ["heads of 20 values are no multiple of 16"]},
+        {"rule": "skip norm", "done": 3, "left": ["a/Norm: its input is no sum", "b/Norm: its input is no sum"]},
+    ]
+    text = page({**report(), "rewrites": rewrites}, {}, None)
+    assert "<h2>Graph</h2>" in text
+    assert "heads of 20 values are no multiple of 16" in text
+    assert "its input is no sum (2)" in text
+    assert "<h2>Graph</h2>" not in page(report(), {}, None)

@@ -69,6 +69,7 @@ def save_graph(model: ir.Model, path: Path, *, external_over_bytes: int = EXTERN
             (Path(folder) / data).replace(path.parent / data)
             (Path(folder) / path.name).replace(path)
         else:
+            ir.external_data.load_to_model(model)  # weights that came from a file beside another graph
             ir.save(model, Path(folder) / path.name)
             (Path(folder) / path.name).replace(path)
             path.with_name(f"{path.name}.data").unlink(missing_ok=True)

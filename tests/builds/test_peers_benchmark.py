@@ -177,7 +177,13 @@ def test_interpreters_and_peers_by_name_and_family(script: Script) -> None:
 
 def test_a_reason_holds_no_path(script: Script) -> None:
     text = "Traceback\n  File x\nRuntimeError: Error opening /home/me/models/genai_config.json: and 3/4 of it\n\n"
-    assert script("conversion").reason(text) == "RuntimeError: Error opening ...: and 3/4 of it"
+    reason = script("conversion").reason
+    assert reason(text) == "RuntimeError: Error opening ...: and 3/4 of it"
+    assert reason("a\nmod.SizeError: these do not fit:\n\tlayer 1\n\tlayer 2\n") == (
+        "mod.SizeError: these do not fit: layer 1 layer 2"
+    )
+    assert reason("some progress\nedgestill: refused\n") == "edgestill: refused"
+    assert reason("") == ""
 
 
 def test_an_engine_that_stops_early_is_refused(script: Script) -> None:

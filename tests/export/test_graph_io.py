@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from export_helpers import Export
 from onnx import TensorProto, helper
@@ -115,3 +116,34 @@ def test_a_full_disk_leaves_the_old_graph(exported: Export, tmp_path: Path) -> N
     assert run.stdout.startswith("errno"), run.stderr
     assert old.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_equal_weights_stand_outside_once_and_come_back_inside(tmp_path: Path) -> None:
+    """Two initializers of one content, in two shapes; then the same graph as one file elsewhere."""
+    import onnxruntime
+
+    rows = np.arange(4096, dtype=np.float32).reshape(64, 64)
+    x = ir.Value(name="x", shape=ir.Shape([1, 64]), type=ir.TensorType(ir.DataType.FLOAT))
+    weights = [
+        ir.Value(name=n, const_value=ir.Tensor(a, name=n)) for n, a in (("w", rows), ("v", rows.reshape(64, 8, 8)))
+    ]
+    product = ir.node("MatMul", [x, weights[0]])
+    flat = ir.Value(name="shape", const_value=ir.Tensor(np.array([64, 64]), name="shape"))
+    again = ir.node("Reshape", [weights[1], flat])
+    last = ir.node("MatMul", [product.outputs[0], again.outputs[0]])
+    last.outputs[0].name, last.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(
+        [x], last.outputs, nodes=[product, again, last], initializers=[*weights, flat], opset_imports={"": 18}, name="g"
+    )
+    model = ir.Model(graph, ir_version=9)
+    save_graph(model, tmp_path / "outside" / "g.onnx", external_over_bytes=0)
+    assert (tmp_path / "outside" / "g.onnx.data").stat().st_size == rows.nbytes
+    save_graph(load_graph(tmp_path / "outside" / "g.onnx"), tmp_path / "inside" / "g.onnx")
+    assert [path.name for path in (tmp_path / "inside").iterdir()] == ["g.onnx"]
+    feed = {"x": np.ones((1, 64), np.float32)}
+    results = [
+        onnxruntime.InferenceSession(tmp_path / place / "g.onnx", providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        for place in ("outside", "inside")
+    ]
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_allclose(results[0], feed["x"] @ rows @ rows, rtol=1e-5)

@@ -47,13 +47,11 @@ class Replies:
 
 
 class Side:
-    """A process that waits for its turns. A context manager: it ends with its parent."""
+    """A process that waits for its turns, in the interpreter `python`. A context manager: it ends with its parent."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], *, python: str = sys.executable) -> None:
         self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._process = subprocess.Popen([python, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def __enter__(self) -> Side:
         return self

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,11 +91,20 @@ class Model:
         """Use `load`; this takes the parts apart for those who bring their own backend."""
         self.bundle = bundle
         self.backend = backend
-        self._tokenizer = _open_tokenizer(bundle)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        bundle.path(
+            TOKENIZER
+        )  # its hash is checked now; it is read when text is, for it may take as much memory as a cache
         self._eos_token_ids = _eos_token_ids(bundle)
         self._template = bundle.path(TEMPLATE).read_text("utf-8") if TEMPLATE in bundle else None
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _open_tokenizer(self.bundle)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
 
     @property
     def manifest(self) -> Manifest:

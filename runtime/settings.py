@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgestill.runtime.backends import MAX_CHUNK
+from edgestill.runtime.backends import PREFILL_CHUNK
 from edgestill.runtime.bundle import Bundle, open_bundle, read_local, write_local
 from edgestill.runtime.device import cpu_model, usable_cores
 from edgestill.runtime.manifest import MANIFEST
@@ -31,7 +31,7 @@ class SessionSettings:
 
     threads: int
     spinning: bool = True
-    prefill_chunk: int = MAX_CHUNK
+    prefill_chunk: int = PREFILL_CHUNK
 
     @property
     def session_options(self) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.backends import PREFILL_CHUNK
 from edgestill.runtime.bundle import Bundle, open_bundle
 from edgestill.runtime.child import Emit, run_child
 from edgestill.runtime.measure import workload_of
@@ -25,7 +26,7 @@ from edgestill.runtime.workload import Workload, generate_once
 
 ROUNDS = 5
 MARGIN = 0.02
-CHUNKS = (512, 256, 128, 64)
+CHUNKS = (PREFILL_CHUNK, 64, 256, 512)
 
 
 def tune_bundle(path: Path, progress: Progress | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""CTranslate2. It generates in one call; its callback at every token tells prompt and further tokens apart."""
+"""CTranslate2. It generates in one call; its callback at every token holds it between the prompt and the further tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-from peers import I64, files_in
+from engine import I64, files_in
+
+PATIENCE_S = 60.0
+"""A prompt whose further tokens nobody asks for goes on after this."""
 
 
 def imports() -> None:
@@ -30,24 +33,29 @@ def model_files(folder: Path) -> list[Path]:
 
 
 class CTranslate2:
-    """A generation runs in a thread; the first token of every row is known when the callback has seen it."""
+    """A generation runs in a thread and waits, once the first token of every row is known, for `decode`."""
 
     def __init__(self, generator: Any, words: list[str]) -> None:
         self._generator, self._words = generator, words
         self._pool = ThreadPoolExecutor(1)
+        self._go_on = Event()
         self._running: Future[Any] | None = None
 
     def prefill(self, ids: I64, new_tokens: int) -> I64:
         """See `Engine.prefill`."""
         first, known = np.full(len(ids), -1, np.int64), Event()
+        self._go_on = go_on = Event()
 
         def callback(step: Any) -> bool:
             if step.step == 0:
                 first[step.batch_id] = step.token_id
                 if (first >= 0).all():
                     known.set()
+                    go_on.wait(PATIENCE_S)
             return False
 
+        if new_tokens == 0:
+            go_on.set()
         prompts = [[self._words[i] for i in row] for row in ids.tolist()]
         self._running = self._pool.submit(
             self._generator.generate_batch,
@@ -67,6 +75,7 @@ class CTranslate2:
         """See `Engine.decode`."""
         if self._running is None:
             raise ValueError("no prompt was run")
+        self._go_on.set()
         return np.array([result.sequences_ids[0][1:] for result in self._running.result()], np.int64)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import I64, files_in
+from engine import I64, files_in, run_tool
 
 
 def imports() -> None:
@@ -21,7 +20,8 @@ def convert(checkpoint: Path, folder: Path, variant: str) -> None:
     """`python -m onnxruntime_genai.models.builder` with its defaults for `variant` on a CPU."""
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu", "-p", variant]
     paths = ["-i", str(checkpoint), "-o", str(folder), "-c", str(folder / "cache")]
-    subprocess.run([*builder, *paths], stdout=sys.stderr, check=True)
+    if status := run_tool([*builder, *paths]):
+        raise SystemExit(status)
 
 
 def model_files(folder: Path) -> list[Path]:

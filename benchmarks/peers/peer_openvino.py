@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import I64, files_in
+from engine import I64, files_in, run_tool
+
+GROUPS = (128, 64, 32)
+"""Weights that share a scale; its default first."""
 
 
 def imports() -> None:
@@ -15,13 +20,20 @@ def imports() -> None:
 
 
 def convert(checkpoint: Path, folder: Path, variant: str) -> None:
-    """What `optimum-cli export openvino --weight-format int4` does, tokenizer included."""
-    from optimum.exporters.openvino import main_export
-    from optimum.intel import OVConfig, OVWeightQuantizationConfig
+    """`optimum-cli export openvino` with its defaults for `variant`, but for a group size that divides; with the tokenizer.
 
-    bits = int(variant.removeprefix("int"))
-    config = OVConfig(quantization_config=OVWeightQuantizationConfig(bits=bits))
-    main_export(str(checkpoint), folder, task="text-generation-with-past", ov_config=config)
+    Raises:
+        ValueError: no usual group size divides the widths of this model.
+    """
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    widths = [config["hidden_size"], config["intermediate_size"]]
+    group = next((size for size in GROUPS if not any(width % size for width in widths)), None)
+    if group is None:
+        raise ValueError(f"none of the group sizes {GROUPS} divides the widths {widths}")
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(checkpoint)]
+    words = ["--task", "text-generation-with-past", "--weight-format", variant, "--group-size", str(group)]
+    if status := run_tool([*command, *words, str(folder)]):
+        raise SystemExit(status)
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import I64, files_in
+from engine import I64, files_in
 
 
 def imports() -> None:

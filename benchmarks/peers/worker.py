@@ -5,8 +5,8 @@
     worker.py turns NAME FOLDER JOB            stay loaded; one cell of JOB per "go" on stdin, answered with a line of JSON
     worker.py fresh NAME FOLDER JOB            load, two first tokens, one generation, and what memory that took
 
-JOB is JSON: {"threads", "vocab_size", "seed", "new_tokens", "first_token_prompt", "cells": [[batch, depth], ...]}. The prompt of the
-t-th turn depends on seed and t only, so every peer gets the same, and no two turns get the same.
+JOB is JSON: {"threads", "vocab_size", "max_tokens", "seed", "new_tokens", "first_token_prompt", "cells": [[batch, depth], ...]}.
+The prompt of the t-th turn depends on seed and t only, so every peer gets the same, and no two turns get the same.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peers import by_name, driver, installed
+from registry import by_name, driver, installed
 
 if TYPE_CHECKING:
-    from peers import I64, Engine
+    from engine import I64, Engine
 
 FRESH_TOKENS = 512
 """Cache of the generation whose peak memory is measured."""

@@ -20,7 +20,10 @@ I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
 
 MAX_CHUNK = 512
-"""Tokens of one prefill step: enough to keep every core busy, and a bound on the logits."""
+"""Tokens of one step that gives logits for all of them: enough to keep every core busy, and a bound on the logits."""
+PREFILL_CHUNK = 128
+"""Tokens of one pass through a prompt whose last logits alone are wanted: more are no faster on two cores, and their activations
+are memory. `edgestill tune` measures it."""
 LOGITS_BYTES = 64 << 20
 """A prefill step computes logits for all its tokens; a large vocabulary makes it shorter than MAX_CHUNK."""
 

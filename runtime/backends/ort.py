@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgestill.runtime.backends import F32, I64, MAX_CHUNK, new_state_limits
+from edgestill.runtime.backends import F32, I64, PREFILL_CHUNK, new_state_limits
 from edgestill.runtime.backends.ort_states import KEEP, GrowingState, OrtState, SharedState, Wiring
 from edgestill.runtime.errors import BadInput, BundleError
 from edgestill.runtime.manifest import Graph, ModelFacts, TensorSpec
@@ -38,7 +38,7 @@ class OrtBackend:
         *,
         threads: int | None = None,
         session_options: Mapping[str, str] | None = None,
-        prefill_chunk: int = MAX_CHUNK,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         """Open `graph_path` with `threads` intra-op threads (None: every processor of this process).
 

@@ -53,7 +53,7 @@ def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     words = [
         "--peers",
-        f"ours,torch-float32,{ABSENT}",
+        f"ours-block32,torch-float32,{ABSENT}",
         "--python",
         f"torch={python}",
         "--json",
@@ -69,7 +69,7 @@ def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_two_engines_are_measured_in_turn(measured: Path) -> None:
     found = read_json(measured / "out.json")
-    assert {"ours", "torch-float32"} <= set(found["peers"])
+    assert {"ours-block32", "torch-float32"} <= set(found["peers"])
     cells = {"b1 d16", "b2 d16", "first token"}
     for peer in found["peers"].values():
         raw = peer["raw"]
@@ -92,11 +92,11 @@ def test_they_run_the_same_model(measured: Path) -> None:
     assert agreement["with"] == "torch-float32"
     rows = [1 + NEW] * 3 + [1]
     assert agreement["mean_leading_tokens"]["torch-float32"] == pytest.approx(np.mean(rows))
-    assert agreement["mean_leading_tokens"]["ours"] > 0.5  # int4; of 320 tokens, another model would share none
+    assert agreement["mean_leading_tokens"]["ours-block32"] > 0.5  # int4; of 320 tokens, another model would share none
 
 
 def test_ours_counts_the_graph_only(measured: Path) -> None:
-    files = read_json(measured / "out.json")["peers"]["ours"]["files"]
+    files = read_json(measured / "out.json")["peers"]["ours-block32"]["files"]
     assert files
     assert all(Path(name).name.startswith("model.onnx") for name in files)
     assert not any(part in Path(name).parts for name in files for part in ("portable", "reference"))
@@ -136,7 +136,7 @@ def test_a_conversion_is_kept_until_what_it_is_made_of_changes(measured: Path, s
 def test_alone_there_is_nothing_to_compare_with(script: Script) -> None:
     results = script("results")
     found = {"environment": {"memory_bandwidth_gb_per_s": 20.0}, "peers": {"other": {"rounds": [raw_round(100)]}}}
-    assert results.summarise(found)["ratios_ours_over"] == {}
+    assert results.summarise(found)["ratios"] == {}
 
 
 def test_too_deep_a_cell_is_refused_before_any_work(checkpoint: Path, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_interpreters_and_peers_by_name_and_family(script: Script) -> None:
     conversion, registry = script("conversion"), script("registry")
     pythons = {"": "all", "llama.cpp": "family", "onnxruntime-genai": "one", "torch-bfloat16": "variant"}
     found = {peer.name: conversion.interpreter_of(peer, pythons) for peer in registry.PEERS}
-    assert found["ours"] == sys.executable
+    assert found["ours-block32"] == sys.executable
     assert [found[f"llama.cpp-{kind}"] for kind in ("q4_0", "q8_0")] == ["family", "family"]
     assert [found[name] for name in ("onnxruntime-genai", "openvino", "torch-float32", "torch-bfloat16")] == [
         "one",
@@ -170,8 +170,12 @@ def test_interpreters_and_peers_by_name_and_family(script: Script) -> None:
         "all",
         "variant",
     ]
-    assert [peer.name for peer in registry.chosen(["torch", "ours"])] == ["ours", "torch-float32", "torch-bfloat16"]
-    with pytest.raises(ValueError, match="there are ours, llama"):
+    assert [peer.name for peer in registry.chosen(["torch", "ours-block32"])] == [
+        "ours-block32",
+        "torch-float32",
+        "torch-bfloat16",
+    ]
+    with pytest.raises(ValueError, match="there are ours-block32, ours-block128, llama"):
         registry.chosen(["vllm"])
 
 
@@ -231,9 +235,9 @@ def test_ratios_are_taken_per_round_and_the_table_shows_their_median(script: Scr
             "left_out": {"third": "not installed: third"},
         }
     )
-    over = found["ratios_ours_over"]["other"]["decode_tokens_per_s b1 d128"]
+    over = found["ratios"]["ours"]["other"]["decode_tokens_per_s b1 d128"]
     assert over == {"median": 1.2, "rounds": [1.5, 1.2, 0.8]}  # 120 / 100 by coincidence; 1.5, 1.2, 0.8 by round
-    assert found["ratios_ours_over"]["other"]["load_ms"]["rounds"] == [1.0, 0.25, 1.0]
+    assert found["ratios"]["ours"]["other"]["load_ms"]["rounds"] == [1.0, 0.25, 1.0]
     text = results.table(found)
     assert "| ours | 80.0 | 500 | 200.0 | 1.25 | 150 | 0.50 |" in text  # 80 MiB x 120 / s over 20 GB/s
     assert "| decode, tokens/s | b1 d128 |\n|---|---:|\n| ours | 120 |\n| other | 100 |" in text

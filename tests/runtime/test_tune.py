@@ -65,4 +65,4 @@ def test_settings_of_another_machine_or_bundle_are_ignored(bundle: Path, tmp_pat
         assert read_settings(open_bundle(folder)) is None
         assert load(folder).backend.session["threads"] == 1
     file.write_text("{}")  # does not fit its hash any more
-    assert load(bundle).backend.session["prefill_chunk"] == 512
+    assert load(bundle).backend.session["prefill_chunk"] == 128

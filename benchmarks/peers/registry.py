@@ -14,29 +14,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    I64 = npt.NDArray[np.int64]
-
-
-class Engine(Protocol):
-    """A loaded model. Greedy; end-of-text is a token like any other."""
-
-    def prefill(self, ids: I64, new_tokens: int) -> I64:
-        """Forget what was before, run the prompts int64 [B, T]; the first next token of every row, int64 [B].
-
-        Room is made for `new_tokens` further ones.
-        """
-        ...
-
-    def decode(self, n: int) -> I64:
-        """`n` further tokens of every row, int64 [B, n]; `n` is the `new_tokens` of the prefill."""
-        ...
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -58,11 +36,13 @@ class Peer:
         return self.family == "ours"
 
 
+OURS = ("edgestill", "onnxruntime", "tokenizers")
 EXPORT = ("torch", "transformers")
 PEERS = tuple(
     Peer(*fields)
     for fields in (
-        ("ours", "ours", "int4", ("edgestill", "onnxruntime", "tokenizers"), "int4, block 32, activations in int8"),
+        ("ours-block32", "ours", "32", OURS, "int4 in blocks of 32, activations in int8"),
+        ("ours-block128", "ours", "128", OURS, "int4 in blocks of 128, activations in int8"),
         (
             "llama.cpp-q4_0",
             "llama_cpp",
@@ -135,8 +115,3 @@ def _version(name: str) -> str | None:
     except metadata.PackageNotFoundError:
         # a checkout on the path has no metadata
         return "source" if name == "edgestill" and importlib.util.find_spec("edgestill") is not None else None
-
-
-def files_in(folder: Path, *patterns: str) -> list[Path]:
-    """Files of `folder` that match."""
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})

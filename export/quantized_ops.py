@@ -4,7 +4,7 @@
     com.microsoft.GatherBlockQuantized(rows, ids, scales[, zero_points])   y [.., K] = row ids of W^T
 
 Both read the layout of blockwise.py, so a tied embedding and head share their constants; the lookup takes the codes as
-[N, K * bits / 8] (a Reshape of a constant, folded when the session opens).
+[N, padded K * bits / 8] (a Reshape of a constant, folded when the session opens), and cuts the padding off the rows.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ def lookup_nodes(
     graph: ir.Graph, ids: ir.Value, block: BlockWeight, constants: list[ir.Value], name: str
 ) -> tuple[ir.Node, ...]:
     """Row `ids` of the weight whose arrays are `constants`; the last node gives the result."""
-    width = block.inputs * block.bits // 8
     codes = str(constants[0].name)
     attributes = {"bits": block.bits, "block_size": block.block_size, "gather_axis": 0, "quantize_axis": 1}
-    if block.inputs % block.block_size:  # a lookup knows no padding, so it cannot read the codes that the product reads
-        rows = add_constant(graph, f"{codes}_unpadded", block.packed.reshape(block.outputs, -1)[:, :width])
-        return (ir.node("GatherBlockQuantized", [rows, ids, *constants[1:]], attributes, domain=CONTRIB, name=name),)
-    shape = add_constant(graph, f"{codes}_shape", np.array([block.outputs, width], np.int64))
+    shape = add_constant(graph, f"{codes}_shape", np.array([block.outputs, -1], np.int64))
     reshape = ir.node("Reshape", [constants[0], shape], name=f"{name}_codes")
     inputs = [reshape.outputs[0], ids, *constants[1:]]
-    return reshape, ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB, name=name)
+    rows = ir.node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB, name=name)
+    if block.inputs % block.block_size == 0:
+        return reshape, rows
+    bounds = [
+        add_constant(graph, f"{codes}_{what}", np.array([number], np.int64))
+        for what, number in (("from", 0), ("to", block.inputs), ("axis", -1))
+    ]
+    return reshape, rows, ir.node("Slice", [rows.outputs[0], *bounds], name=f"{name}_without_padding")
 
 
 def read_block(node: ir.Node) -> tuple[str, BlockWeight]:

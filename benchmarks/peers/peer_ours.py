@@ -15,7 +15,6 @@ PROFILE = "peers"
 def imports() -> None:
     """What is not counted as opening the model."""
     import onnxruntime  # noqa: F401
-    import tokenizers  # noqa: F401
 
     import edgestill.runtime.model  # noqa: F401
 

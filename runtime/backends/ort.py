@@ -16,6 +16,7 @@ import numpy as np
 
 from edgestill.runtime.backends import F32, I64, PREFILL_CHUNK, new_state_limits
 from edgestill.runtime.backends.ort_states import KEEP, GrowingState, OrtState, SharedState, Wiring
+from edgestill.runtime.backends.pages import release_after_opening
 from edgestill.runtime.errors import BadInput, BundleError
 from edgestill.runtime.manifest import Graph, ModelFacts, TensorSpec
 
@@ -62,6 +63,7 @@ class OrtBackend:
         _check_names(graph_path, "output", outputs, {"logits", *present}, set())
         cache_dtype = _one_dtype(graph_path, [inputs[n] for n in past] + [outputs[n] for n in present])
         logits_dtype = _one_dtype(graph_path, [outputs["logits"]])
+        release_after_opening(graph_path.with_name(f"{graph_path.name}.data"))
         self._wiring = Wiring(session, facts, inputs, past, present, cache_dtype, logits_dtype)
 
     def new_state(self, batch_size: int, max_tokens: int, left_padding: Sequence[int] | None = None) -> OrtState:

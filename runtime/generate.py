@@ -179,11 +179,16 @@ class _Passes:
     def _pass(self, token: int, left: int, drafter: Drafter) -> None:
         """Verify the next guesses in one pass."""
         if self._ahead is not None:
-            self._backend.rewind(self._state, len(self._tokens) - 1)
+            if self._used <= len(self._guesses):  # the rest was wrong, or not asked for
+                self._backend.rewind(self._state, len(self._tokens) - 1)
             drafter.learn(len(self._guesses) + 1, self._seconds, self._tokens[-self._used :])
         self._guesses = drafter.propose(self._tokens, min(left - 1, MAX_DRAFT))
+        step = self._one
+        if self._guesses:
+            step = np.array([[token, *self._guesses]], np.int64)
+        else:
+            step[0, 0] = token
         started = perf_counter()
-        step = np.array([[token, *self._guesses]], np.int64)
         self._ahead = self._backend.step(self._state, step)[0]
         self._seconds = perf_counter() - started
         self.guessed += len(self._guesses)

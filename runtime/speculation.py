@@ -24,10 +24,15 @@ from edgestill.runtime.errors import BadInput
 
 MAX_DRAFT = 8
 """Guesses in one pass: a pass over 9 tokens costs a small int4 model on a CPU three passes over one."""
-LONGEST_MATCH, SHORTEST_MATCH = 4, 2
-"""Tokens that must have appeared before; single tokens repeat in every text, and what follows them does not."""
+INDEXED = (2, 4)
+"""Runs of tokens that are looked up; single tokens repeat in every text, and what follows them does not."""
+LENGTHS = ((2, 0.1), (3, 0.3), (4, 0.5), (6, 0.7), (9, 0.9))
+"""Least length of a match, and the share of guesses taken to be right behind such a match before any was seen."""
 MEMORY = 0.9
 """Weight of the past at each new observation."""
+MARGIN = 1.3
+"""Tokens per time that guesses must promise, over the plain loop's. A pass over one token that follows one over several takes up to
+a third longer than after its like, which no count of guesses shows."""
 
 
 class Drafter(Protocol):
@@ -42,14 +47,38 @@ class Drafter(Protocol):
         ...
 
 
-class DraftLength:
-    """How many guesses pay, from the share that was right and the times of passes."""
+class PassTimes:
+    """What a pass over n tokens costs, in passes over one: 1 + slope (n - 1), the slope as measured."""
 
-    def __init__(self, right: float) -> None:
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._measured = 2
+        """Slopes seen; the first counts as two."""
+        self.slope = 0.35
+
+    def add(self, passed: int, seconds: float) -> None:
+        """A pass over `passed` tokens took so long."""
+        before = self._seconds.get(passed, seconds)
+        now = self._seconds[passed] = MEMORY * before + (1 - MEMORY) * min(seconds, 2 * before)
+        if passed > 1 and 1 in self._seconds:
+            measured = max(0.0, (now / self._seconds[1] - 1) / (passed - 1))
+            self._measured += 1
+            weight = max(1 - MEMORY, 1 / self._measured)
+            self.slope += weight * (measured - self.slope)
+
+    @property
+    def one(self) -> float | None:
+        """Seconds of a pass over one token; None before the first."""
+        return self._seconds.get(1)
+
+
+class DraftLength:
+    """How many guesses pay, from the share that was right and what passes cost."""
+
+    def __init__(self, right: float, times: PassTimes) -> None:
         """`right`: share of guesses taken to be right before any was seen."""
         self._right, self._seen = right * 2.0, 2.0
-        self._pass_s: dict[int, float] = {}
-        self._slope = 0.3
+        self._times = times
 
     @property
     def share_right(self) -> float:
@@ -64,58 +93,71 @@ class DraftLength:
             if guess != token:
                 return
 
-    def time(self, passed: int, seconds: float) -> None:
-        """A pass over `passed` tokens took so long."""
-        before = self._pass_s.get(passed, seconds)
-        self._pass_s[passed] = MEMORY * before + (1 - MEMORY) * min(seconds, 2 * before)
-        one = self._pass_s.get(1)
-        if one is not None and passed > 1:
-            self._slope = MEMORY * self._slope + (1 - MEMORY) * max(
-                0.0, (self._pass_s[passed] / one - 1) / (passed - 1)
-            )
-
     def best(self, most: int, guess_cost: float = 0.0) -> int:
         """The number of guesses up to `most` with the most tokens per time; `guess_cost` in passes over one token."""
-        right = min(self.share_right, 0.99)
-        rates = [(1 - right ** (n + 1)) / (1 - right) / (1 + n * (self._slope + guess_cost)) for n in range(most + 1)]
-        return int(np.argmax(rates))
+        right, per_guess = min(self.share_right, 0.99), self._times.slope + guess_cost
+        if right < MARGIN * (1 + per_guess) - 1:
+            return 0  # one guess does not pay, and each further one is less likely to be right
+        tokens, best, best_rate, likely = 1.0, 0, MARGIN, 1.0
+        for n in range(1, most + 1):
+            likely *= right
+            tokens += likely
+            if (rate := tokens / (1 + n * per_guess)) > best_rate:
+                best, best_rate = n, rate
+        return best
 
 
 class PromptLookup:
     """Guesses are what followed the latest earlier place that ends in the same tokens, the longest match first."""
 
     def __init__(self) -> None:
-        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in range(LONGEST_MATCH + 1)]
+        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in range(INDEXED[-1] + 1)]
         self._indexed = 0
-        # the longer the match, the likelier the same goes on: each length keeps its own score
-        self._lengths = {n: DraftLength(right=0.25 * n) for n in range(SHORTEST_MATCH, LONGEST_MATCH + 1)}
-        self._match = 0
+        # the longer the match, the likelier it goes on: each length keeps its own score. Short ones are not trusted before they
+        # were right, which shows at no cost, since guesses that are not sent are counted too
+        self._times = PassTimes()
+        self._scores = [DraftLength(right, self._times) for _, right in LENGTHS]
+        self._score: DraftLength | None = None
         self._guesses: list[int] = []
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """See `Drafter.propose`."""
         self._index(tokens)
-        self._match, self._guesses = 0, []
-        for n in range(min(LONGEST_MATCH, len(tokens) - 1), SHORTEST_MATCH - 1, -1):
+        self._score, self._guesses = None, []
+        for n in reversed(INDEXED):
             place = self._places[n].get(tuple(tokens[-n:]))
-            if place is not None:
-                self._match, self._guesses = n, list(tokens[place : place + MAX_DRAFT])
-                return self._guesses[: self._lengths[n].best(min(most, len(self._guesses)))]
+            if place is None:
+                continue
+            self._score = self._scores[_class_of(_matched(tokens, place, n))]
+            self._guesses = list(tokens[place : place + MAX_DRAFT])
+            return self._guesses[: self._score.best(min(most, len(self._guesses)))]
         return []
 
     def learn(self, passed: int, seconds: float, chosen: Sequence[int]) -> None:
         """See `Drafter.learn`."""
-        for length in self._lengths.values():
-            length.time(passed, seconds)
-        if self._match:
-            self._lengths[self._match].count(self._guesses, chosen)
+        self._times.add(passed, seconds)
+        if self._score is not None:
+            self._score.count(self._guesses, chosen)
 
     def _index(self, tokens: Sequence[int]) -> None:
         """Note, for every run of tokens, what comes behind it; the end of the text has nothing behind it yet."""
         for end in range(max(self._indexed, 1), len(tokens)):
-            for n in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
-                self._places[n][tuple(tokens[end - n : end])] = end
+            for n in INDEXED:
+                if n <= end:
+                    self._places[n][tuple(tokens[end - n : end])] = end
         self._indexed = max(self._indexed, len(tokens))
+
+
+def _matched(tokens: Sequence[int], place: int, known: int) -> int:
+    """How many tokens before `place` are those at the end of `tokens`; at least `known`, counted up to the longest class."""
+    length, longest = known, min(LENGTHS[-1][0], place)
+    while length < longest and tokens[place - 1 - length] == tokens[len(tokens) - 1 - length]:
+        length += 1
+    return length
+
+
+def _class_of(length: int) -> int:
+    return max(i for i, (least, _) in enumerate(LENGTHS) if length >= least)
 
 
 class DraftModel:
@@ -132,14 +174,16 @@ class DraftModel:
         self._backend = backend
         self._state = backend.new_state(1, min(max_tokens + MAX_DRAFT, backend.facts.max_tokens))
         self._held: list[int] = []
-        self._length = DraftLength(right=0.7)
+        self._times = PassTimes()
+        self._length = DraftLength(0.7, self._times)
         self._guesses: list[int] = []
-        self._guess_s, self._pass_s = 0.0, 0.0
+        self._guess_s = 0.0
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """See `Drafter.propose`."""
         room = self._state.max_tokens - len(tokens)
-        cost = self._guess_s / self._pass_s if self._pass_s else 0.2
+        one = self._times.one
+        cost = self._guess_s / one if one else 0.2
         wanted = self._length.best(max(0, min(most, room)), cost)
         self._guesses = []
         if wanted == 0 and room > 0 and len(tokens) % 16 == 0:
@@ -160,9 +204,7 @@ class DraftModel:
 
     def learn(self, passed: int, seconds: float, chosen: Sequence[int]) -> None:
         """See `Drafter.learn`."""
-        self._length.time(passed, seconds)
-        if passed == 1:
-            self._pass_s = MEMORY * self._pass_s + (1 - MEMORY) * seconds if self._pass_s else seconds
+        self._times.add(passed, seconds)
         self._length.count(self._guesses, chosen)
 
     def _catch_up(self, tokens: Sequence[int]) -> F32:

@@ -19,18 +19,19 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from turns import summary, write_json
 
 from edgestill.runtime import load
-from edgestill.runtime.backends import F32
+from edgestill.runtime.backends import F32, prefill_last
 from edgestill.runtime.device import environment
 from edgestill.runtime.generate import Ending, GenerationStatistics, generate_pieces
 from edgestill.runtime.model import Model
 from edgestill.runtime.sampling import Sampler, SamplingOptions
-from edgestill.runtime.speculation import PromptLookup
+from edgestill.runtime.speculation import MAX_DRAFT, PromptLookup
 from edgestill.runtime.text import StopStrings
 
 RESULT = Path(__file__).parent / "results" / "speculation.json"
@@ -86,6 +87,22 @@ def run(model: Model, prompt: list[int], sampler: Sampler, new: int, lookup: boo
     raise RuntimeError("a text without an end")
 
 
+def pass_costs(model: Model, prompt: np.ndarray, rounds: int = 40) -> dict[int, float]:
+    """Median time of a pass over n tokens behind `prompt`, in passes over one, n = 1 .. MAX_DRAFT + 1 in turn."""
+    backend = model.backend
+    state = backend.new_state(1, len(prompt) + MAX_DRAFT + 1)
+    prefill_last(backend, state, prompt[None])
+    seconds: dict[int, list[float]] = {n: [] for n in range(1, MAX_DRAFT + 2)}
+    for _ in range(rounds):
+        for n, seen in seconds.items():
+            started = perf_counter()
+            backend.step(state, prompt[None, :n])
+            seen.append(perf_counter() - started)
+            backend.rewind(state, len(prompt))
+    one = np.median(seconds[1])
+    return {n: round(float(np.median(seen) / one), 2) for n, seen in seconds.items()}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,9 +140,13 @@ def main() -> None:
             "acceptance_rate": round(accepted / guessed, 3) if guessed else None,
         }
         print(f"{kind}: {json.dumps(found[kind])}", flush=True)
+    costs = pass_costs(model, ids[: given.prompt_tokens])
+    print(f"pass cost: {json.dumps(costs)}")
     settings = {name: getattr(given, name) for name in ("prompt_tokens", "new_tokens", "rounds")}
     about = {"model": model.manifest.name, "parameters": model.facts.parameters, "session": model.backend.session}
-    write_json(given.json, {"settings": settings, **about, "environment": environment(), "kinds": found})
+    write_json(
+        given.json, {"settings": settings, **about, "environment": environment(), "kinds": found, "pass_cost": costs}
+    )
 
 
 if __name__ == "__main__":

@@ -222,3 +222,29 @@ def test_nothing_of_transformers_or_the_exporter_stays_replaced(fused: Fused) ->
     fused("llama", hidden_act="gelu")
     assert (DynamicCache.update, modeling_llama.apply_rotary_pos_emb) == before
     assert dataclasses.is_dataclass(Outcome)
+
+
+def test_large_weights_lie_outside_and_a_shared_embedding_once(
+    fused: Fused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgestill.export.rewrite import rules
+
+    _, graph, _ = fused("llama")
+    path, yardstick = tmp_path / "model.onnx", tmp_path / "yardstick.onnx"
+    quantize_graph(graph.path, path, PrecisionSpec())
+    dequantize_graph(path, yardstick)
+    inside = path.stat().st_size
+    monkeypatch.setattr(rules, "MAPPED_FROM_BYTES", 0)
+    outcomes = {outcome.rule: outcome for outcome in join_weights(path)}
+    assert outcomes["constant reshape"] == Outcome("constant reshape", 1)
+    outside = tmp_path / "model.onnx.data"
+    assert outside.stat().st_size + path.stat().st_size < inside + 4096 * 40  # pages begin anew; nothing stands twice
+    places = {
+        (i.name, e.value) for i in onnx.load(path, load_external_data=False).graph.initializer for e in i.external_data
+    }
+    codes = [name for name, _ in places if "embed" in name and "codes" in name]
+    assert len(set(codes)) == 2  # as the head reads them, and as the table does
+    offsets = [value for name, value in places if name in codes]
+    assert len(set(offsets)) < len(offsets)
+    rows = check_quantized_parity(path, yardstick, graph.facts, graph.graph, IDS)
+    assert [row for row in rows if not row.passed] == []

@@ -19,8 +19,8 @@ import onnx_ir as ir
 
 from edgestill.runtime.errors import BadInput
 
-EXTERNAL_OVER_BYTES = 1_500_000_000
-"""Weights above this leave the .onnx file (a protobuf cannot exceed 2 GiB, and readers parse it whole)."""
+EXTERNAL_OVER_BYTES = 16 << 20
+"""Weights above this leave the .onnx file for one that is mapped: a protobuf is read whole into memory, and none exceeds 2 GiB."""
 OUTSIDE_FROM_BYTES = 1024
 """Smaller initializers stay in the file: shapes and scalars, which shape inference reads."""
 PAGE = 4096

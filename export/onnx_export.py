@@ -3,7 +3,8 @@
 The only file that imports Optimum (whose release holds transformers below 4.58). Its tracer runs the model once with
 random token ids and records the operators; parity.py compares the result with torch, so Optimum's own validation is off.
 
-Attention is traced in its `eager` form: fewer operators than sdpa's, which wraps every softmax in a test for NaN.
+Attention is traced in its `eager` form: fewer operators than sdpa's, which wraps every softmax in a test for NaN; and once more as
+one operator (attention_op.py), for the fused graph.
 """
 
 from __future__ import annotations

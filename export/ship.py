@@ -1,7 +1,7 @@
 """One bundle for one profile: export, quantize, measure, judge, write.
 
-    7. onnx        the student through Optimum, float32, and the parity gate against torch
-    8. quantize    the graph in the profile's precision, and its yardstick: the float32 graph of the shipped weights
+    7. onnx        the student through Optimum, float32, plain and fused, and the parity gate of both against torch
+    8. quantize    the fused graph in the profile's precision, and its yardstick: the float32 graph of the shipped weights
     9. speed       the teachers and the float student in torch, on this machine, same workload
    10. bundle      staged, checked in a process of its own, given its report, renamed into place
 

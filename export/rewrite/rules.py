@@ -7,7 +7,8 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgestill.export.graph_io import load_graph, save_graph, weight_bytes
+from edgestill.export import graph_io
+from edgestill.export.graph_io import load_graph, weight_bytes
 from edgestill.export.quantized_ops import CONTRIB
 from edgestill.export.rewrite.activation import activation
 from edgestill.export.rewrite.attention_layout import attention_layout
@@ -22,21 +23,17 @@ FOLDED_BYTES = 1024
 """Constants up to this size are folded: shapes and scalars, never a weight (a transposed head would be stored twice)."""
 
 
-MAPPED_FROM_BYTES = 16 << 20
-"""A smaller graph is one file; of a larger one, reading the weights into memory would cost as much memory again."""
-
-
 def join_weights(path: Path) -> tuple[Outcome, ...]:
     """Rewrite the graph file `path`, quantized or not, so that products of one activation are one product.
 
-    Weights of more than MAPPED_FROM_BYTES leave the file for one that is mapped.
+    Where weights lie outside the file, what is read in two shapes stands there once.
     """
     model = load_graph(path)
     outcomes = [pack_projections(model)]
-    if weight_bytes(model) > MAPPED_FROM_BYTES:
+    if weight_bytes(model) > graph_io.EXTERNAL_OVER_BYTES:
         outcomes.append(constant_reshape(model))
     RemoveUnusedNodesPass()(model)
-    save_graph(model, path, external_over_bytes=MAPPED_FROM_BYTES)
+    graph_io.save_graph(model, path, external_over_bytes=graph_io.EXTERNAL_OVER_BYTES)
     return tuple(outcomes)
 
 

@@ -227,14 +227,14 @@ def test_nothing_of_transformers_or_the_exporter_stays_replaced(fused: Fused) ->
 def test_large_weights_lie_outside_and_a_shared_embedding_once(
     fused: Fused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgestill.export.rewrite import rules
+    from edgestill.export import graph_io
 
     _, graph, _ = fused("llama")
     path, yardstick = tmp_path / "model.onnx", tmp_path / "yardstick.onnx"
     quantize_graph(graph.path, path, PrecisionSpec())
     dequantize_graph(path, yardstick)
     inside = path.stat().st_size
-    monkeypatch.setattr(rules, "MAPPED_FROM_BYTES", 0)
+    monkeypatch.setattr(graph_io, "EXTERNAL_OVER_BYTES", 0)
     outcomes = {outcome.rule: outcome for outcome in join_weights(path)}
     assert outcomes["constant reshape"] == Outcome("constant reshape", 1)
     outside = tmp_path / "model.onnx.data"

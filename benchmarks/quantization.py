@@ -113,7 +113,7 @@ def judge(study: Study, cell: str, seed: int, threads: int) -> dict[str, Any]:
     """One cell: sums per window, size."""
     path, exported = study.graph(cell, seed)
     ours = backend_of(path, exported, threads)
-    plain = backend_of(study.exported("default", seed)[1].path, exported, threads)
+    plain = backend_of(study.exported("default", seed)[1].fused.path, exported, threads)
     nll, divergence = [], []
     for window in study.windows:
         ids = study.part.token_ids[window].astype(np.int64)

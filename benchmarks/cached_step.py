@@ -22,8 +22,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from replies import Replies
 from transformers import AutoConfig, AutoModelForCausalLM
-from turns import Replies, alternate, measured, software, summary, write_json
+from turns import alternate, measured, software, summary, write_json
 
 from edgestill.compress.cache_capture import capture
 from edgestill.compress.corpus import Part

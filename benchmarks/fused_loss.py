@@ -32,8 +32,9 @@ from typing import Any
 
 import torch
 from dense_reference import dense_loss
+from replies import Replies
 from torch import Tensor
-from turns import PeakMemory, Replies, alternate, software, summary, write_json
+from turns import PeakMemory, alternate, software, summary, write_json
 
 from edgestill.compress.fused_head import OutputLoss, output_loss
 from edgestill.compress.fusion import WeightRule

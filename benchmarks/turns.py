@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -22,28 +21,6 @@ from edgestill.runtime.device import environment
 from edgestill.runtime.workload import peak_resident_mib, resident_mib
 
 MIB = 1 << 20
-
-
-class Replies:
-    """The working process's end of the line. What anything else prints goes to stderr."""
-
-    def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
-
-    def say(self, facts: Mapping[str, Any]) -> None:
-        """One line of JSON to the parent."""
-        self._out.write(json.dumps(facts) + "\n")
-
-    def wait(self) -> bool:
-        """Block until it is this side's turn; False when there are no more."""
-        return sys.stdin.readline().strip() == "go"
-
-    def serve(self, work: Callable[[], Mapping[str, Any]]) -> None:
-        """Do one piece of work per turn."""
-        self.say({"ready": True})
-        while self.wait():
-            self.say(work())
 
 
 class Side:

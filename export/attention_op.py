@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 NAME = "edgestill_fused"
-"""Under which transformers knows the attention and the mask function; registered once, used inside `as_one_operator` only."""
+"""Under which transformers knows the attention and the mask function; each `as_one_operator` registers its own."""
 HEAD_MULTIPLE = 16
 """onnxruntime's CPU kernel refuses other head sizes where it rotates."""
 ROTATION = "apply_rotary_pos_emb"
@@ -158,6 +158,9 @@ def as_one_operator(model: Any) -> Iterator[None]:
         if hasattr(module, ROTATION):
             replaced.enter_context(_replaced(module, ROTATION, lambda query, key, *_, **__: (query, key)))
         yield
+    call.cache = call.cos = call.sin = call.seqlens = call.total = (
+        None  # transformers keeps the functions, and they this
+    )
 
 
 @contextmanager

@@ -79,10 +79,8 @@ def export_fused(checkpoint: Path, plain: ExportedGraph, out: Path) -> tuple[Exp
     with tempfile.TemporaryDirectory(prefix=".export.tmp-", dir=out) as folder:
         why = _trace(checkpoint, Path(folder), fused=True)
         model = load_graph(plain.path if why is not None else Path(folder) / FILE)
-        outcomes = (
-            Outcome("attention", 0, (why,)) if why else Outcome("attention", plain.facts.n_layers),
-            *fuse(model),
-        )
+        layers = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+        outcomes = (Outcome("attention", layers, (why,) if why else ()), *fuse(model))
         save_graph(model, out / FILE)
     return ExportedGraph(out / FILE, describe_graph(out / FILE), plain.facts), outcomes
 

@@ -97,7 +97,7 @@ class DraftLength:
         """The number of guesses up to `most` with the most tokens per time; `guess_cost` in passes over one token."""
         right, per_guess = min(self.share_right, 0.99), self._times.slope + guess_cost
         if right < MARGIN * (1 + per_guess) - 1:
-            return 0  # one guess does not pay, and each further one is less likely to be right
+            return 0  # one guess does not pay; that several would is rare, and not worth trying
         tokens, best, best_rate, likely = 1.0, 0, MARGIN, 1.0
         for n in range(1, most + 1):
             likely *= right

@@ -15,36 +15,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from registry import by_name, driver, installed
+
+sys.path.append(str(Path(__file__).parents[1]))  # replies.py serves all benchmarks
+
+from replies import Replies
 
 if TYPE_CHECKING:
     from engine import I64, Engine
 
 FRESH_TOKENS = 512
 """Cache of the generation whose peak memory is measured."""
-
-
-class Replies:
-    """Lines of JSON to the parent. What anything else prints to stdout, libraries in C included, goes to stderr."""
-
-    def __init__(self) -> None:
-        self._out = os.fdopen(os.dup(1), "w", buffering=1)
-        os.dup2(2, 1)
-
-    def say(self, facts: Mapping[str, Any]) -> None:
-        """One line."""
-        self._out.write(json.dumps(facts) + "\n")
-
-    def turns(self) -> Iterator[int]:
-        """Numbers of the turns, as the parent gives them."""
-        turn = 0
-        while sys.stdin.readline().strip() == "go":
-            yield turn
-            turn += 1
 
 
 def prompt(job: Mapping[str, Any], turn: int, batch: int, tokens: int) -> I64:

@@ -53,13 +53,10 @@ FUSED: tuple[tuple[str, dict[str, Any], Callable[[F64], F64]], ...] = (
 
 def activation(model: ir.Model) -> Outcome:
     """Fuse every activation that is one of FUSED."""
-    done, left = 0, []
-    for heart in [node for node in model.graph if node.op_type in HEARTS]:
-        if _fuse(heart):
-            done += 1
-        else:
-            left.append(f"{heart.name}: {heart.op_type} in no activation that has an operator of its own")
-    return Outcome("activation", done, tuple(left))
+    hearts = [node for node in model.graph if node.op_type in HEARTS]
+    unknown = "{} in no activation that has an operator of its own"
+    places = ((str(heart.name), None if _fuse(heart) else unknown.format(heart.op_type)) for heart in hearts)
+    return Outcome.of("activation", places)
 
 
 def _fuse(heart: ir.Node) -> bool:

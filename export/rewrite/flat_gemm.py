@@ -13,14 +13,8 @@ from edgestill.export.rewrite.outcome import Outcome
 
 def flat_gemm(model: ir.Model) -> Outcome:
     """Take the Reshapes around every such Gemm away."""
-    done, left = 0, []
-    for node in [node for node in model.graph if node.op_type == "Gemm"]:
-        why = _rewrite(node)
-        if why is None:
-            done += 1
-        else:
-            left.append(f"{node.name}: {why}")
-    return Outcome("flat gemm", done, tuple(left))
+    nodes = [node for node in model.graph if node.op_type == "Gemm"]
+    return Outcome.of("flat gemm", ((str(node.name), _rewrite(node)) for node in nodes))
 
 
 def _rewrite(node: ir.Node) -> str | None:

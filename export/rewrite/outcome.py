@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -12,3 +13,10 @@ class Outcome:
     rule: str
     done: int
     left: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, rule: str, places: Iterable[tuple[str, str | None]]) -> Outcome:
+        """From (name, None when it was rewritten, else why not) of every place."""
+        found = list(places)
+        left = tuple(f"{name}: {why}" for name, why in found if why is not None)
+        return cls(rule, len(found) - len(left), left)

@@ -30,17 +30,14 @@ class _Norm:
 
 def skip_norm(model: ir.Model) -> Outcome:
     """Fuse every Add with the norm that reads it."""
-    done, left = 0, []
-    for node in list(model.graph):
-        if node.op_type not in ("ReduceMean", "LayerNormalization") or node.graph is None:
-            continue
-        norm = _rms_norm(node) if node.op_type == "ReduceMean" else _layer_norm(node)
-        why = "no norm of one activation" if norm is None else _fuse(model.graph, norm)
-        if why is None:
-            done += 1
-        else:
-            left.append(f"{node.name}: {why}")
-    return Outcome("skip norm", done, tuple(left))
+    nodes = [node for node in model.graph if node.op_type in ("ReduceMean", "LayerNormalization")]
+    return Outcome.of("skip norm", ((str(node.name), _rewrite(model.graph, node)) for node in nodes))
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node) -> str | None:
+    """None when done, else why not."""
+    norm = _rms_norm(node) if node.op_type == "ReduceMean" else _layer_norm(node)
+    return "no norm of one activation" if norm is None else _fuse(graph, norm)
 
 
 def _rms_norm(mean: ir.Node) -> _Norm | None:

@@ -73,32 +73,25 @@ def test_logits_are_those_of_torch_in_any_chunking(
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_padded_rows_are_those_of_torch(backends: dict[str, OrtBackend], family: str) -> None:
-    padding = [0, 3, 9]
+@pytest.mark.parametrize(
+    ("padding", "steps"),
+    [
+        ([0, 3, 9], ((0, 12), (12, 13), (13, 20))),
+        ([0, 9, 11], ((0, 3), (3, 4), (4, 10), (10, 11), (11, 12), (12, 20))),  # it outlasts the first steps
+    ],
+)
+def test_padded_rows_are_those_of_torch(
+    backends: dict[str, OrtBackend], family: str, padding: list[int], steps: tuple[tuple[int, int], ...]
+) -> None:
     ids = random_ids(3, 20)
     mask = (np.arange(20) >= np.array(padding)[:, None]).astype(np.int64)
     expected = theirs(family, ids, mask)
     state = backends[family].new_state(3, 20, left_padding=padding)
-    seen = np.concatenate(
-        [backends[family].step(state, ids[:, a:b]).copy() for a, b in ((0, 12), (12, 13), (13, 20))], 1
-    )
-    real = mask.astype(bool)
-    np.testing.assert_allclose(seen[real], expected[real], rtol=0, atol=1e-4)
-    unpadded = theirs(family, ids[2:, 9:])  # and those of the same row alone
-    np.testing.assert_allclose(seen[2, 9:], unpadded[0], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("family", ALL)
-def test_padding_may_outlast_the_first_steps(backends: dict[str, OrtBackend], family: str) -> None:
-    padding = [0, 9, 11]
-    ids = random_ids(3, 20)
-    mask = (np.arange(20) >= np.array(padding)[:, None]).astype(np.int64)
-    expected = theirs(family, ids, mask)
-    state = backends[family].new_state(3, 20, left_padding=padding)
-    steps = ((0, 3), (3, 4), (4, 10), (10, 11), (11, 12), (12, 20))
     seen = np.concatenate([backends[family].step(state, ids[:, a:b]).copy() for a, b in steps], 1)
     real = mask.astype(bool)
     np.testing.assert_allclose(seen[real], expected[real], rtol=0, atol=1e-4)
+    unpadded = theirs(family, ids[2:, padding[2] :])  # and those of the same row alone
+    np.testing.assert_allclose(seen[2, padding[2] :], unpadded[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ALL)

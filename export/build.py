@@ -25,7 +25,7 @@ from edgestill.export.model_facts import load_config, size_of_config
 from edgestill.export.origin import Origin
 from edgestill.export.plan import load_all, plan
 from edgestill.export.ship import ship
-from edgestill.profiles.arithmetic import refuse_engine, refuse_impossible
+from edgestill.profiles.arithmetic import refuse_impossible
 from edgestill.profiles.load import load_limits, load_profile, load_recipe
 from edgestill.profiles.schema import ReferenceSpec, SourceSpec
 from edgestill.runtime.errors import BadInput
@@ -91,7 +91,6 @@ def export_checkpoint(
         BadInput: no usable checkpoint, text or limits.
     """
     target = load_profile(profile)
-    refuse_engine(target.profile, target.name)
     refuse_impossible(size_of_config(load_config(checkpoint)), target.profile, target.name)
     wanted = load_limits(limits) if limits is not None else {}
     if wanted and held_out is None:

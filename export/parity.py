@@ -36,6 +36,9 @@ noise power; a weight in the wrong place gives less than 10 dB."""
 LOSSY_SHARE = 0.1
 """Largest difference over the largest logit at accuracy_level 4: measured 0.009 to 0.026 on the same models."""
 
+NARROW_SQNR_DB = 40.0
+NARROW_SHARE = {"float16": 0.02, "bfloat16": 0.15}
+
 
 @dataclass(frozen=True)
 class ParityRow:
@@ -93,6 +96,21 @@ def check_quantized_parity(
         label = f"accuracy_level {level}: "
         rows += _compare(quantized, facts, graph, token_ids, reference, LOSSY_SQNR_DB, "dB", label)
     return rows
+
+
+def check_narrow_parity(shipped: ExportedGraph, yardstick: ExportedGraph, token_ids: Ids) -> list[ParityRow]:
+    """Compare a graph in float16 with the float32 graph of the same weights on `token_ids` [W, T]; the floor is NARROW_SQNR_DB."""
+    reference = ort_logits(yardstick.path, yardstick.facts, yardstick.graph, token_ids)
+    label = "engine, as shipped: "
+    return _compare(shipped.path, shipped.facts, shipped.graph, token_ids, reference, NARROW_SQNR_DB, "dB", label)
+
+
+def narrow_limit(precision: PrecisionSpec, logits: F32) -> float:
+    """The limit of `parity_max_abs_logit` for an engine whose parity rows are `logits` [r, V]: NARROW_SHARE of the largest."""
+    kind = "bfloat16" if precision.weights == "bfloat16" else "float16"
+    if precision.weights == "float32":
+        return 10 * float_limit(logits)
+    return NARROW_SHARE[kind] * float(np.abs(logits).max())
 
 
 def parity_rows(

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.teachers import fit_together
 from edgestill.export.model_facts import size_of_config
-from edgestill.profiles.arithmetic import ModelSize, predict, refuse_engine, refuse_impossible
+from edgestill.profiles.arithmetic import ModelSize, predict, refuse_impossible
 from edgestill.profiles.load import LoadedProfile, LoadedRecipe, load_profile, load_recipe
 from edgestill.profiles.schema import Recipe
 from edgestill.runtime.errors import BadInput
@@ -43,8 +43,6 @@ def load_all(recipe: str, profiles: list[str]) -> Plan:
 
 def _targets(profiles: list[str]) -> list[LoadedProfile]:
     targets = [load_profile(name) for name in dict.fromkeys(profiles)]
-    for target in targets:
-        refuse_engine(target.profile, target.name)
     names = [target.name for target in targets]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgestill.export.blockwise import dequantize, sqnr_db
+from edgestill.export.fp8 import Fp8Weight
 from edgestill.export.graph_io import load_graph, save_graph, validate_graph
 from edgestill.export.linear_layers import Linear, Table, Unfit, Weight, find_weights
 from edgestill.export.nodes import add_constant, constant_array, input_of, substitute
@@ -27,6 +28,7 @@ from edgestill.export.standard_ops import OPSET, read_standard
 from edgestill.export.stored import (
     F32,
     Blocks,
+    Eights,
     Form,
     Plain,
     Quantized,
@@ -81,20 +83,27 @@ class QuantizationReport:
 
 
 def quantize_graph(
-    source: Path, target: Path, precision: PrecisionSpec, *, given: Given | None = None, standard: bool = False
+    source: Path,
+    target: Path,
+    precision: PrecisionSpec,
+    *,
+    given: Given | None = None,
+    standard: bool = False,
+    float_rows: bool = False,
 ) -> QuantizationReport:
     """Write the float32 graph `source` as `target` with weights in `precision`, checked and opened once.
 
     Args:
         given: integers that are there already (trained ones, or those of another method than rounding).
         standard: plain ONNX operators of opset 21 instead of onnxruntime's own.
+        float_rows: with `standard`, tables are looked up in float32 rows of the same values.
 
     Raises:
         BadInput: a precision that has no form in this graph, or a result that onnxruntime refuses.
     """
     _require_known(precision, standard)
     model = load_graph(source)
-    store = _Store(model.graph, precision, given, standard)
+    store = _Store(model.graph, precision, given, standard, float_rows)
     quantized: list[QuantizedNode] = []
     left_float: list[FloatNode] = []
     for weight in find_weights(model.graph):
@@ -169,9 +178,11 @@ def graph_bytes(path: Path) -> int:
 class _Store:
     """Quantizes and stores each weight once, however many nodes read it."""
 
-    def __init__(self, graph: ir.Graph, precision: PrecisionSpec, given: Given | None, standard: bool) -> None:
+    def __init__(
+        self, graph: ir.Graph, precision: PrecisionSpec, given: Given | None, standard: bool, float_rows: bool
+    ) -> None:
         self._graph, self._precision = graph, precision
-        self._given, self._standard = given, standard
+        self._given, self._standard, self._float_rows = given, standard, float_rows
         self._known: dict[tuple[str, bool], tuple[Form, float | None] | str] = {}
 
     def put(self, weight: Weight) -> tuple[Form, float | None] | str:
@@ -201,8 +212,10 @@ class _Store:
     def _form(self, prefix: str, weight: Quantized) -> Form:
         if isinstance(weight, TableWeight):
             return Tables(self._graph, prefix, weight)
+        if isinstance(weight, Fp8Weight):
+            return Eights(self._graph, prefix, weight)
         if self._standard:
-            return Plain(self._graph, prefix, weight)
+            return Plain(self._graph, prefix, weight, float_rows=self._float_rows)
         return Blocks(self._graph, prefix, weight, self._precision.accuracy_level)
 
 
@@ -216,6 +229,8 @@ def _convert(model: ir.Model) -> None:
 
 def _require_known(precision: PrecisionSpec, standard: bool) -> None:
     weights = precision.weights
+    if weights == "fp8" and standard:
+        return
     if weights not in QUANTIZED:
         raise BadInput(f"precision.weights {weights} has no blocks of codes; use {', '.join(QUANTIZED)} or float32")
     if weights != "int4" and not precision.symmetric:

@@ -22,12 +22,21 @@ import numpy as np
 from edgestill.compress.quantize.shipped import ShippedWeights
 from edgestill.compress.stages import Stage, Workspace
 from edgestill.export.blockwise import BlockWeight, quantize_int4, quantize_int8
+from edgestill.export.engine.make import FLOATS, capacity_for, for_engine, lower_graph, ship_graph
 from edgestill.export.graph_io import copy_graph
 from edgestill.export.input_moments import Feeds, window_feeds
 from edgestill.export.mixed_precision import in_eight_bits, sensitivities
 from edgestill.export.onnx_export import ExportedGraph, Exports
 from edgestill.export.origin import Origin, compared_windows, held_out_index
-from edgestill.export.parity import check_quantized_parity, parity_limit, parity_rows
+from edgestill.export.parity import (
+    ParityRow,
+    check_narrow_parity,
+    check_parity,
+    check_quantized_parity,
+    narrow_limit,
+    parity_limit,
+    parity_rows,
+)
 from edgestill.export.post_training import matrices, matrix_names, quantize_weights
 from edgestill.export.quantize import (
     Given,
@@ -38,11 +47,13 @@ from edgestill.export.quantize import (
     graph_bytes,
     quantize_graph,
 )
+from edgestill.export.rewrite.outcome import Outcome
 from edgestill.export.rewrite.rules import join_weights
 from edgestill.export.trained import trained_weights, why_not
 from edgestill.profiles.load import LoadedProfile
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
+from edgestill.runtime.manifest import Graph
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import save_parity
 
@@ -59,10 +70,12 @@ def quantize_stage(origin: Origin, target: LoadedProfile, onnx: Stage, exports: 
     """model.onnx, portable/ when the profile asks, parity.safetensors, and facts: the rows of the parity gate, the weights with
     their origin, the limit for parity on the device, bits per weight."""
     precision = target.profile.precision
+    engine = for_engine(target.profile)
 
     def run(folder: Path) -> dict[str, Any]:
-        info, yardstick = _quantized(origin, target, exports, folder, space.progress)
-        limit = _store_parity(origin, precision, exports.fused, folder, yardstick)
+        made = _engine_graph if engine else _quantized
+        info, yardstick = made(origin, target, exports, folder, space.progress)
+        limit = _store_parity(origin, precision, yardstick, folder, None if engine else exports.fused.graph)
         shutil.rmtree(folder / "yardstick", ignore_errors=True)
         bits = graph_bytes(folder / "model.onnx") * 8 / exports.fused.facts.parameters
         space.progress.say(
@@ -74,6 +87,7 @@ def quantize_stage(origin: Origin, target: LoadedProfile, onnx: Stage, exports: 
         "onnx": onnx.key,
         "precision": precision.model_dump(mode="json"),
         "portable": target.profile.portable,
+        "cache": capacity_for(target.profile, exports.fused.facts) if engine else None,
         "reference": str(origin.reference and origin.reference.name),
         "calibration": _calibration_hash(origin) if precision.needs_text else None,
         "code": CODE,
@@ -84,7 +98,7 @@ def quantize_stage(origin: Origin, target: LoadedProfile, onnx: Stage, exports: 
 
 def _quantized(
     origin: Origin, target: LoadedProfile, exports: Exports, folder: Path, progress: Progress
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[dict[str, Any], ExportedGraph]:
     """(facts, the yardstick) of the graph that is written into `folder`.
 
     Weights are joined last, and judged by the graph of the weights that were not joined yet.
@@ -108,14 +122,49 @@ def _quantized(
     rows = check_quantized_parity(shipped, yardstick, fused.facts, fused.graph, compared_windows(origin, fused.facts))
     for row in rows:
         progress.say(row.words())
-    facts = {
+    return _facts(rows, report, weights_from, joined), dataclasses.replace(fused, path=yardstick)
+
+
+def _engine_graph(
+    origin: Origin, target: LoadedProfile, exports: Exports, folder: Path, progress: Progress
+) -> tuple[dict[str, Any], ExportedGraph]:
+    """The same for an engine: standard operators, the profile's types in the graph. Its float32 form is compared with torch, and
+    what ships with the float32 form of its weights, both in onnxruntime on this machine."""
+    precision = target.profile.precision
+    windows = compared_windows(origin, exports.fused.facts)
+    windows = windows[:, : capacity_for(target.profile, exports.fused.facts)]
+    lowered = lower_graph(
+        exports.fused, folder / "yardstick" / "lowered", capacity_for(target.profile, exports.fused.facts)
+    )
+    rows = check_parity(origin.student, lowered, windows, "engine, float32: ")
+    given, weights_from = None, "checkpoint"
+    if precision.weights not in FLOATS:
+        given, weights_from = _weights(origin, precision, exports.plain, progress)
+    yardstick = dataclasses.replace(lowered, path=folder / "yardstick" / "model.onnx")
+    shipped, report = ship_graph(lowered, folder, precision, given, yardstick.path)
+    if precision.weights == "bfloat16":
+        progress.say("parity, engine: onnxruntime has no bfloat16 on a CPU; it is compared on the target")
+    elif precision.weights != "float32":
+        rows += check_narrow_parity(shipped, yardstick, windows)
+    if target.profile.portable:
+        source = folder / "portable" / "model.onnx"
+        if precision.weights in ("int4", "int8"):
+            quantize_graph(exports.plain.path, source, precision, given=given, standard=True)
+    for row in rows:
+        progress.say(row.words())
+    return _facts(rows, report, weights_from, ()), yardstick
+
+
+def _facts(
+    rows: list[ParityRow], report: QuantizationReport, weights_from: str, rewrites: tuple[Outcome, ...]
+) -> dict[str, Any]:
+    return {
         "parity": [dataclasses.asdict(row) for row in rows],
         "quantized": [dataclasses.asdict(node) for node in report.quantized],
         "left_float": [dataclasses.asdict(node) for node in report.left_float],
         "weights_from": weights_from,
-        "rewrites": [dataclasses.asdict(outcome) for outcome in joined],
+        "rewrites": [dataclasses.asdict(outcome) for outcome in rewrites],
     }
-    return facts, yardstick
 
 
 def _weights(
@@ -168,18 +217,21 @@ def _in_eight_bits(
 
 
 def _store_parity(
-    origin: Origin, precision: PrecisionSpec, exported: ExportedGraph, folder: Path, yardstick: Path
+    origin: Origin, precision: PrecisionSpec, yardstick: ExportedGraph, folder: Path, shipped: Graph | None
 ) -> float:
-    """Write parity.safetensors; returns the limit of `parity_max_abs_logit`."""
-    windows = compared_windows(origin, exported.facts)
-    positions, logits = parity_rows(yardstick, exported.facts, exported.graph, windows, PARITY_ROWS, seed=0)
+    """Write parity.safetensors; returns the limit of `parity_max_abs_logit`. `shipped`: None for an engine's graph."""
+    facts = yardstick.facts
+    windows = compared_windows(origin, facts)[:, : facts.max_tokens]
+    positions, logits = parity_rows(yardstick.path, facts, yardstick.graph, windows, PARITY_ROWS, seed=0)
     if origin.reference is not None:
         positions[:, 0] = held_out_index(origin.reference, positions[:, 0])
     save_parity(positions, logits, folder)
+    if shipped is None:
+        return narrow_limit(precision, logits)
     limit = parity_limit(precision, logits)
     if precision.rounds_activations:
         # the rule holds for any model; this one, measured here, must not do more than twice as badly elsewhere
-        _, found = parity_rows(folder / "model.onnx", exported.facts, exported.graph, windows, PARITY_ROWS, seed=0)
+        _, found = parity_rows(folder / "model.onnx", facts, shipped, windows, PARITY_ROWS, seed=0)
         limit = min(limit, PARITY_MARGIN * float(np.abs(found - logits).max()))
     return limit
 

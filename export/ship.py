@@ -22,6 +22,7 @@ from typing import Any
 from edgestill.compress.stages import Stage, Workspace
 from edgestill.compress.torch_speed import measure_apart
 from edgestill.export.bundle_writer import finish_bundle, stage_bundle, tokenizer_files
+from edgestill.export.engine.make import capacity_for, describe_engine_graph, engine_facts, for_engine
 from edgestill.export.genai_config import genai_config
 from edgestill.export.model_facts import facts_of_checkpoint
 from edgestill.export.onnx_export import ExportedGraph, Exports, describe_graph, export_fused, export_onnx
@@ -29,10 +30,12 @@ from edgestill.export.origin import Origin, compared_windows
 from edgestill.export.parity import check_parity
 from edgestill.export.quantize_stage import quantize_stage
 from edgestill.profiles.load import LoadedProfile
-from edgestill.runtime.bundle import read_manifest, verify_bundle
+from edgestill.runtime.bundle import open_bundle, read_manifest, verify_bundle
+from edgestill.runtime.engines.opening import ensure_engine, target_ahead
+from edgestill.runtime.engines.store import SHIPPED
 from edgestill.runtime.files import write_atomically
 from edgestill.runtime.gate import Report, check_bundle
-from edgestill.runtime.manifest import Manifest, Precision, canonical_json
+from edgestill.runtime.manifest import LOCAL, Manifest, Precision, canonical_json
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.report import page
 
@@ -72,11 +75,12 @@ def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Prog
         progress.say(f"bundle {final}: done before, unchanged ({kept})")
         return kept
     progress.stage(f"bundle: {target.name}")
-    manifest = _manifest(origin, target, exports.fused, quantized, speeds, key)
+    manifest = _manifest(origin, target, _shipped(exports, quantized, target), quantized, speeds, key)
     staged = stage_bundle(final, manifest, _contents(origin, target, exports, quantized))
     try:
+        engines = _engine_ahead(staged, progress) if target.profile.ship_engine else {}
         report = check_bundle(staged, progress, keep=False)
-        files = _report_files(report, manifest, origin, onnx, quantized)
+        files = _report_files(report, manifest, origin, onnx, quantized) | engines
         finish_bundle(staged, files, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -178,12 +182,28 @@ def _speed_stage(origin: Origin, target: LoadedProfile, space: Workspace) -> dic
 # 10 -----------------------------------------------------------------------------------------------------------------
 
 
+def _shipped(exports: Exports, quantized: Stage, target: LoadedProfile) -> ExportedGraph:
+    """The graph that ships, with its inputs and outputs."""
+    if not for_engine(target.profile):
+        return exports.fused
+    path, facts = quantized.folder / "model.onnx", exports.fused.facts
+    return ExportedGraph(path, describe_engine_graph(path), engine_facts(facts, capacity_for(target.profile, facts)))
+
+
+def _engine_ahead(staged: Path, progress: Progress) -> dict[str, bytes | Path]:
+    """The engine for the profile's card, to ship."""
+    bundle = open_bundle(staged)
+    stored = ensure_engine(bundle, progress, target=target_ahead(bundle, None))
+    shutil.rmtree(staged / LOCAL, ignore_errors=True)
+    return {f"{SHIPPED}/{stored.fingerprint.digest}.engine": stored.data}
+
+
 def _manifest(
     origin: Origin, target: LoadedProfile, exported: ExportedGraph, quantized: Stage, speeds: dict[str, Any], key: str
 ) -> Manifest:
     words = target.profile
     teachers = [{**facts, "torch": speeds.get(facts["name"])} for facts in origin.teachers]
-    blocks = words.precision.weights != "float32"
+    blocks = words.precision.weights in ("int8", "int4", "nf4", "fp4")
     lossy = words.precision.weights in ("int4", "int8")
     return Manifest(
         name=f"{origin.name}/{target.name}",
@@ -191,7 +211,7 @@ def _manifest(
         model=exported.facts,
         graph=exported.graph,
         precision=Precision(
-            words.precision.weights,  # type: ignore[arg-type]  # refuse_engine and refuse_impossible left five
+            words.precision.weights,
             words.precision.block_size if blocks else None,
             words.precision.accuracy_level if lossy else None,
             quantized.info["weights_from"],
@@ -216,9 +236,9 @@ def _contents(origin: Origin, target: LoadedProfile, exports: Exports, quantized
         file.name: file for file in quantized.folder.glob("model.onnx*") if not file.is_dir()
     }
     contents |= tokenizer_files(origin.student)
-    contents["genai_config.json"] = json.dumps(
-        genai_config(exports.fused.facts, exports.fused.graph), indent=1
-    ).encode()
+    if not for_engine(target.profile):  # onnxruntime-genai knows no cache of fixed length
+        config = genai_config(exports.fused.facts, exports.fused.graph)
+        contents["genai_config.json"] = json.dumps(config, indent=1).encode()
     contents["reference/parity.safetensors"] = quantized.folder / "parity.safetensors"
     if origin.reference is not None:
         contents["reference/held_out.safetensors"] = origin.reference / "held_out.safetensors"

@@ -3,6 +3,7 @@
 Blocks   int4, int8    MatMulNBits, GatherBlockQuantized (quantized_ops.py)
 Tables   nf4, fp4      MatMulBnb4, rows by plain operators (tables.py)
 Plain    int4, int8    DequantizeLinear and MatMul, standard ONNX (standard_ops.py)
+Eights   fp8           the same with 8-bit floats, for engines (fp8.py)
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from edgestill.export.blockwise import BlockWeight, dequantize, quantize_int4, quantize_int8
+from edgestill.export.fp8 import Fp8Weight, fp8_constants, fp8_product, quantize_fp8
 from edgestill.export.nodes import add_constant
 from edgestill.export.quantized_ops import lookup_nodes, lookup_runs, product_node
 from edgestill.export.standard_ops import standard_constants, standard_product, standard_table
@@ -21,11 +23,13 @@ from edgestill.export.tables import TableWeight, quantize_table, table_constants
 from edgestill.profiles.schema import PrecisionSpec
 
 F32 = npt.NDArray[np.float32]
-Quantized = BlockWeight | TableWeight
+Quantized = BlockWeight | TableWeight | Fp8Weight
 
 
 def round_to_nearest(weight: F32, precision: PrecisionSpec) -> Quantized:
     """float32 [K, N] in the precision of a profile, which has a quantized one."""
+    if precision.weights == "fp8":
+        return quantize_fp8(weight)
     if precision.weights == "int8":
         return quantize_int8(weight, precision.block_size)
     if precision.weights == "int4":
@@ -35,7 +39,7 @@ def round_to_nearest(weight: F32, precision: PrecisionSpec) -> Quantized:
 
 def values_of(weight: Quantized) -> F32:
     """The float32 [K, N] that ships."""
-    return weight.values() if isinstance(weight, TableWeight) else dequantize(weight)
+    return dequantize(weight) if isinstance(weight, BlockWeight) else weight.values()
 
 
 class Form(ABC):
@@ -86,9 +90,11 @@ class Tables(Form):
 
 
 class Plain(Form):
-    def __init__(self, graph: ir.Graph, prefix: str, block: BlockWeight) -> None:
+    """`float_rows`: a lookup reads float32 rows of W', since TensorRT takes integers nowhere but before a product."""
+
+    def __init__(self, graph: ir.Graph, prefix: str, block: BlockWeight, *, float_rows: bool = False) -> None:
         self.outputs, self.inputs, self.bits = block.outputs, block.inputs, block.bits
-        self._graph, self._block, self._prefix = graph, block, prefix
+        self._graph, self._block, self._prefix, self._float_rows = graph, block, prefix, float_rows
         self._constants: list[ir.Value] | None = None
 
     def product(self, x: ir.Value, name: str) -> tuple[ir.Node, ...]:
@@ -97,7 +103,26 @@ class Plain(Form):
         return standard_product(x, self._block, self._constants, name)
 
     def lookup(self, ids: ir.Value, name: str) -> tuple[ir.Node, ...]:
+        if self._float_rows:
+            rows = add_constant(self._graph, f"{self._prefix}_float_rows", dequantize(self._block).T)
+            return (ir.node("Gather", [rows, ids], name=name),)
         return standard_table(self._graph, ids, self._block, self._prefix, name)
+
+
+class Eights(Form):
+    def __init__(self, graph: ir.Graph, prefix: str, weight: Fp8Weight) -> None:
+        self.outputs, self.inputs, self.bits = weight.outputs, weight.inputs, 8
+        self._graph, self._weight, self._prefix = graph, weight, prefix
+        self._constants: list[ir.Value] | None = None
+
+    def product(self, x: ir.Value, name: str) -> tuple[ir.Node, ...]:
+        if self._constants is None:
+            self._constants = fp8_constants(self._graph, self._prefix, self._weight)
+        return fp8_product(x, self._constants, name)
+
+    def lookup(self, ids: ir.Value, name: str) -> tuple[ir.Node, ...]:
+        rows = add_constant(self._graph, f"{self._prefix}_float_rows", self._weight.values().T)
+        return (ir.node("Gather", [rows, ids], name=name),)
 
 
 def unfit_table(hidden: int, precision: PrecisionSpec, standard: bool) -> str | None:

@@ -4,9 +4,10 @@ Rules of storage (1 MiB = 2**20 bytes), for linear layers, head and input table 
 
     float32            4 bytes a weight
     float16, bfloat16  2 bytes
-    fp8                1 byte + one float32 scale per output channel (hidden_size weights)
-    int8               1 byte + one float32 scale per block
-    int4, nf4, fp4     half a byte + one float32 scale per block (asymmetric int4: + half a byte of zero point)
+    fp8                1 byte + one scale per output channel (hidden_size weights)
+    int8               1 byte + one scale per block; on a GPU per output channel
+    int4, nf4, fp4     half a byte + one scale per block (asymmetric int4: + half a byte of zero point)
+    scales             float32 on a CPU, 2 bytes on a GPU
     cache              keys and values of every layer: float32 on a CPU, 2 bytes on a GPU (float32 when the weights are)
 
 Norms and biases count as if they were stored like the rest: below 0.1 % of any model worth shipping. Where an ONNX
@@ -21,16 +22,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgestill.profiles.schema import Profile
+from edgestill.profiles.schema import CPU_ENGINE, Profile
+from edgestill.runtime.engines.capabilities import engine_problem
 from edgestill.runtime.errors import BadInput
 
 MIB = float(1 << 20)
 
-CPU_ENGINE = "onnxruntime-cpu"
+CUDA_ENGINE = "onnxruntime-cuda"
 CPU_WEIGHTS = ("float32", "int8", "int4", "nf4", "fp4")
 """Precisions built for the CPU engine: ONNX Runtime has no fast CPU kernels for the 16- and 8-bit floats."""
-GPU_NEEDS = {"fp8": 8.9, "bfloat16": 8.0, "int4": 7.5}
-"""Precision -> first NVIDIA compute capability with tensor cores for it (int4: of a weight-only product)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Prediction:
     graph_mib: float
     """All weights, as the graph's files hold them."""
     cache_mib: float
-    """Keys and values at the end of the workload, all sequences."""
+    """Keys and values at the end of the workload, all sequences; on a GPU the whole cache that is reserved."""
     bytes_per_token: float
     """Bytes read by a decode step at the middle of the workload's new tokens; divided by batch_size, per token."""
     decode_tokens_per_s_bound: float | None
@@ -73,13 +73,14 @@ class Prediction:
 def bits_per_weight(profile: Profile, hidden_size: int) -> float:
     """Stored bits of one weight, its share of the scales included: int4 in symmetric blocks of 32 is 5."""
     precision = profile.precision
+    scale = 16.0 if profile.device.on_gpu else 32.0
     if precision.weights in ("int4", "nf4", "fp4"):
-        per_block = 32.0 + (0.0 if precision.symmetric else 4.0)
+        per_block = scale + (0.0 if precision.symmetric else 4.0)
         return 4.0 + per_block / precision.block_size
     if precision.weights == "int8":
-        return 8.0 + 32.0 / precision.block_size
+        return 8.0 + scale / (hidden_size if profile.device.on_gpu else precision.block_size)
     if precision.weights == "fp8":
-        return 8.0 + 32.0 / hidden_size
+        return 8.0 + scale / hidden_size
     return 32.0 if precision.weights == "float32" else 16.0
 
 
@@ -93,7 +94,10 @@ def predict(size: ModelSize, profile: Profile) -> Prediction:
     weight_bytes = (size.parameters - looked_up) * bytes_per_weight
 
     row_bytes = 2 * size.n_layers * size.n_kv_heads * size.head_size * cache_item * workload.batch_size
-    cache_bytes = row_bytes * (workload.prompt_tokens + workload.new_tokens)
+    held = workload.prompt_tokens + workload.new_tokens
+    if device.on_gpu:  # a cache of fixed length is there whole
+        held = max(held, min(size.max_tokens, workload.cache_tokens or size.max_tokens))
+    cache_bytes = row_bytes * held
     step_bytes = weight_bytes + row_bytes * (workload.prompt_tokens + workload.new_tokens / 2)
 
     in_cache = weight_bytes <= device.last_level_cache_mib * MIB
@@ -108,6 +112,16 @@ def predict(size: ModelSize, profile: Profile) -> Prediction:
     )
 
 
+def engine_field(profile: Profile) -> str:
+    """The word of the profile that `precision_problem` is about."""
+    device = profile.device
+    if not device.on_gpu:
+        return "precision.weights"
+    flavour = "tensorrt" if device.engine == CUDA_ENGINE else device.engine
+    problem = engine_problem(flavour, device.compute_capability or "", profile.precision.weights, device.gpu)
+    return "precision.weights" if problem is None else problem.field
+
+
 def precision_problem(profile: Profile) -> str | None:
     """Why the engine or the GPU cannot run the profile's precision, in one line with the repair; None when it can."""
     device, weights = profile.device, profile.precision.weights
@@ -115,16 +129,11 @@ def precision_problem(profile: Profile) -> str | None:
         if weights in CPU_WEIGHTS:
             return None
         return f"'{weights}' is not built for engine {CPU_ENGINE}; use {', '.join(CPU_WEIGHTS)}"
-    if weights in ("nf4", "fp4"):
-        return (
-            f"'{weights}' has no kernel in engine {device.engine}; use int4 or int8, and train the student on that grid"
-        )
-    needed, has = GPU_NEEDS.get(weights), float(device.compute_capability or 0)
-    if needed is None or has >= needed:
-        return None
-    fitting = ", ".join(name for name in ("int4", "int8", "bfloat16", "float16") if GPU_NEEDS.get(name, 0.0) <= has)
-    gpu = device.gpu or "this GPU"
-    return f"'{weights}' needs compute capability {needed}, {gpu} has {device.compute_capability}; use {fitting}"
+    flavour = "tensorrt" if device.engine == CUDA_ENGINE else device.engine
+    problem = engine_problem(flavour, device.compute_capability or "", weights, device.gpu)
+    if problem is None and weights == "int4" and not profile.precision.symmetric:
+        return "'int4' with zero points has no kernel in an engine; use symmetric: true"
+    return None if problem is None else problem.line
 
 
 def refuse_impossible(size: ModelSize, profile: Profile, name: str = "profile") -> None:
@@ -134,7 +143,7 @@ def refuse_impossible(size: ModelSize, profile: Profile, name: str = "profile") 
         BadInput: one line per impossible demand, each with its arithmetic and the repair.
     """
     problem = precision_problem(profile)
-    problems = [f"precision.weights: {problem}"] if problem else []
+    problems = [f"{engine_field(profile)}: {problem}"] if problem else []
     problems += _too_long(size, profile) + _too_large(size, profile) + _too_fast(size, profile)
     if problems:
         raise BadInput("\n".join(f"profile {name}: {line}" for line in problems))
@@ -203,17 +212,3 @@ def _too_fast(size: ModelSize, profile: Profile) -> list[str]:
             arithmetic = f"{gb_per_s:g} GB/s / {token_mb:.1f} MB read per token = {bound:.1f} tokens/s"
             lines.append(f"budget.{budget} {limit:g}: {arithmetic} {why.format('lower')}")
     return lines
-
-
-def refuse_engine(profile: Profile, name: str) -> None:
-    """Raise when the profile's engine is not built yet.
-
-    Raises:
-        BadInput: any engine but onnxruntime-cpu.
-    """
-    engine = profile.device.engine
-    if engine != CPU_ENGINE:
-        raise BadInput(
-            f"profile {name}: engine {engine} is not built yet; for plain ONNX that it can load, "
-            f"use engine {CPU_ENGINE} (profiles cpu-x86, cpu-arm64) with portable: true"
-        )

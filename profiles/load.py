@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from edgestill.profiles.arithmetic import precision_problem
+from edgestill.profiles.arithmetic import engine_field, precision_problem
 from edgestill.profiles.explain import explain, key_words
 from edgestill.profiles.locate import Kind, base_of, find, name_of, packaged
 from edgestill.profiles.schema import LimitsFile, Profile, Recipe, Words
@@ -85,7 +85,7 @@ def load_profile(name_or_path: str) -> LoadedProfile:
     profile, document = _validate(text, shown, Profile)
     problem = precision_problem(profile)
     if problem is not None:
-        where = ("precision", "weights")
+        where = tuple(engine_field(profile).split("."))
         raise refusal(shown, [Problem(document.line_of(where), where, problem)])
     return LoadedProfile(profile, name, path, text)
 

@@ -8,7 +8,7 @@ reports every error at once with file and line.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -61,6 +61,7 @@ __all__ = [
     "WorkloadSpec",
 ]
 
+CPU_ENGINE = "onnxruntime-cpu"
 LIMITS = tuple(name for name, m in METRICS.items() if m.source == "recipe")
 BUDGETS = tuple(name for name, m in METRICS.items() if m.source == "profile")
 
@@ -199,16 +200,32 @@ class DeviceSpec(Words):
 
     @model_validator(mode="after")
     def _gpu_facts(self) -> DeviceSpec:
-        needs = self.engine != "onnxruntime-cpu"
-        if needs and self.compute_capability is None:
+        if self.on_gpu and self.compute_capability is None:
             raise ValueError(f"engine {self.engine} needs compute_capability (8.9 for an RTX 4090)")
         return self
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its engine runs on a GPU, in 16-bit floats at most precisions."""
+        return self.engine != CPU_ENGINE
 
 
 class WorkloadSpec(Words):
     prompt_tokens: Count = 128
     new_tokens: Annotated[int, Field(ge=2)] = 64
     batch_size: Count = 1
+    cache_tokens: Count | None = None
+    """Engines: the longest prompt + continuation that the cache is made for; None: all that the model takes. Attention reads no
+    more of it than is filled, device memory holds all of it."""
+
+    @model_validator(mode="after")
+    def _cache_holds_it(self) -> WorkloadSpec:
+        total = self.prompt_tokens + self.new_tokens
+        if self.cache_tokens is not None and self.cache_tokens < total:
+            raise ValueError(
+                f"workload.cache_tokens {self.cache_tokens} is less than prompt_tokens + new_tokens = {total}; raise it"
+            )
+        return self
 
 
 class PrecisionSpec(Words):
@@ -248,7 +265,7 @@ class PrecisionSpec(Words):
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether products round their inputs to int8."""
+        """Whether products round their inputs to int8 (onnxruntime on a CPU; engines keep them in float16)."""
         return self.weights in ("int4", "int8") and self.accuracy_level == 4
 
 
@@ -261,5 +278,29 @@ class Profile(Words):
     precision: PrecisionSpec = PrecisionSpec()
     portable: bool = False
     """Also ship plain ONNX operators under portable/, for other runtimes."""
+    ship_engine: bool = False
+    """tensorrt-rtx: also ship the engine, built where the bundle is; else the target builds it at first use."""
     budget: dict[BudgetName, Positive] = Field(default_factory=dict)
     """Metric -> limit on its one-sided 95 % bound."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _activations_stay_narrow(cls, words: Any) -> Any:
+        """On a GPU the default of accuracy_level is 0."""
+        if isinstance(words, dict) and isinstance(words.get("device"), dict):
+            precision = words.get("precision", {})
+            if words["device"].get("engine") not in (None, CPU_ENGINE) and isinstance(precision, dict):
+                return {**words, "precision": {"accuracy_level": 0, **precision}}
+        return words
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Profile:
+        if self.ship_engine and self.device.engine != "tensorrt-rtx":
+            raise ValueError(
+                f"ship_engine: {self.device.engine} builds engines on the target only; use tensorrt-rtx or ship_engine: false"
+            )
+        if self.device.on_gpu and self.precision.accuracy_level == 4:
+            raise ValueError(
+                "precision.accuracy_level 4 is onnxruntime's on a CPU, engines keep activations in 16 bits; use 0"
+            )
+        return self

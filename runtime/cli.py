@@ -20,7 +20,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgestill.runtime import commands_ablate, commands_build, commands_bundle, commands_profiles, commands_text
+from edgestill.runtime import (
+    commands_ablate,
+    commands_build,
+    commands_bundle,
+    commands_engine,
+    commands_profiles,
+    commands_text,
+)
 from edgestill.runtime.errors import EdgestillError
 
 EX_SOFTWARE = 70
@@ -89,6 +96,7 @@ for name, command, summary in (
     ("export", commands_build.export, "Turn a checkpoint into a judged bundle"),
     ("check", commands_bundle.check, "Judge a bundle on this machine"),
     ("bench", commands_bundle.bench, "Measure speed and memory, without a verdict"),
+    ("engine", commands_engine.engine, "Build a bundle's TensorRT engine"),
     ("tune", commands_bundle.tune, "Find the fastest session settings on this machine"),
     ("report", commands_bundle.report, "Write report.html from the stored JSON"),
     ("verify", commands_bundle.verify, "Check structure and checksums only"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +18,7 @@ from edgestill.runtime.commands_shared import (
     save_json,
     writing,
 )
+from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Progress
 
 
@@ -47,21 +51,90 @@ def bench(
         int | None, typer.Option("--new-tokens", min=2, metavar="N", help="Tokens to decode.")
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, metavar="N", help="Sequences at a time.")] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Latency over batch, prompt length and cache depth instead.")
+    ] = False,
+    beside: Annotated[
+        list[Path] | None, typer.Option("--beside", metavar="BUNDLE", help="With --sweep: measure this one too.")
+    ] = None,
+    torch: Annotated[
+        Path | None, typer.Option("--torch", metavar="CHECKPOINT", help="With --sweep: and this student in torch.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="With --sweep: draw it (.png, .svg).")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Measure speed and memory on this machine, without a verdict. What is left out comes from the bundle's profile.
 
+    With --sweep the options take their values as grids: --batch is the largest batch (1 is measured too), --prompt-tokens the
+    longest prompt, --new-tokens is not used.
+
     \b
     Example:
         edgestill bench build/quickstart/cpu-x86 --prompt-tokens 64 --batch 4
+        edgestill bench build/quickstart/cpu-x86 --sweep --plot sweep.png
     """
     require_bundle(bundle)
+    if sweep:
+        _sweep([bundle, *(beside or [])], batch, prompt_tokens, torch, plot, json)
+        return
+    if beside or torch is not None or plot is not None:
+        raise BadInput("--beside, --torch and --plot go with --sweep")
     from edgestill.runtime.measure import bench_bundle
 
     result = bench_bundle(bundle, prompt_tokens, new_tokens, batch, Progress())
     if json is not None:
         save_json(result, json)
     print_report(result)
+
+
+def _sweep(
+    bundles: list[Path],
+    batch: int | None,
+    longest: int | None,
+    torch: Path | None,
+    plot: Path | None,
+    json: Path | None,
+) -> None:
+    """`bench --sweep`."""
+    from edgestill.runtime import sweep as sweeping
+
+    for bundle in bundles[1:]:
+        require_bundle(bundle)
+    if plot is not None and (plot.suffix not in (".png", ".svg") or not plot.parent.is_dir()):
+        raise BadInput(f"{plot}: give a .png or .svg in a folder that exists")
+    prompts = tuple(n for n in sweeping.PROMPTS if longest is None or n < longest) + ((longest,) if longest else ())
+    grid = sweeping.Grid(tuple(sorted({1, batch or 1})), prompts if longest else ())
+    progress = Progress()
+    result = sweeping.sweep_bundles(bundles, grid, progress)
+    if torch is not None:
+        result["rows"] += _torch_rows(torch, bundles[0], grid)
+    if json is not None:
+        save_json(result, json)
+    for line in sweeping.table_lines(result):
+        typer.echo(line)
+    if plot is not None:
+        with writing(plot):
+            sweeping.save_plot(result, plot)
+
+
+def _torch_rows(checkpoint: Path, bundle: Path, grid: Any) -> list[dict[str, Any]]:
+    """The student in torch at the prompts of the sweep, batch 1; needs the build extra."""
+    from edgestill.runtime.bundle import read_manifest
+    from edgestill.runtime.sweep import torch_rows
+
+    manifest = read_manifest(bundle)
+    threads = int(manifest.profile.get("device", {}).get("threads", 1))
+    prompts = [n for kind, batch, n in grid.cells(manifest.model) if (kind, batch) == ("prompt", 1)]
+    speed = importlib.import_module("edgestill.compress.torch_speed")
+    found = []
+    for prompt in prompts:
+        if prompt + 16 <= manifest.model.max_tokens:
+            found += speed.measure_apart(
+                [(checkpoint, "float32")], prompt_tokens=prompt, new_tokens=16, threads=threads
+            )
+    return torch_rows([dataclasses.asdict(row) for row in found], f"{checkpoint.name} (torch float32)")
 
 
 def tune(bundle: BundleArgument, json: JsonOption = None) -> None:

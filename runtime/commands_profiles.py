@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgestill.runtime.errors import BadInput
+from edgestill.runtime.errors import BadInput, MissingPart
 
 DETECT = "detect"
 
@@ -22,6 +22,7 @@ def profiles(
         str | None,
         typer.Argument(metavar="NAME|detect", help="What to show; detect measures this machine.", show_default=False),
     ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="With detect: describe the GPU and its engine.")] = False,
 ) -> None:
     """List the packaged device profiles and recipes, print one, or describe this machine as a profile.
 
@@ -30,14 +31,20 @@ def profiles(
         edgestill profiles
         edgestill profiles cpu-x86
         edgestill profiles detect > my-device.yaml
+        edgestill profiles detect --gpu > my-card.yaml
     """
+    if gpu and name != DETECT:
+        raise BadInput("--gpu goes with detect: edgestill profiles detect --gpu")
     locate = importlib.import_module("edgestill.profiles.locate")
     if name is None:
         _list(locate)
     elif name == DETECT:
-        from edgestill.runtime.device import describe_device
+        from edgestill.runtime.device import describe_device, describe_gpu
 
-        typer.echo(profile_text(describe_device()), nl=False)
+        found = describe_gpu() if gpu else describe_device()
+        if found is None:
+            raise MissingPart("no NVIDIA GPU is here, or its driver does not answer", "run this on the target")
+        typer.echo(profile_text(found), nl=False)
     else:
         kind = "recipes" if name in locate.packaged("recipes") else "profiles"
         typer.echo(locate.find(name, kind).read_text(encoding="utf-8"), nl=False)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgestill.runtime.commands_shared import BundleArgument, require_bundle
+from edgestill.runtime.progress import Progress
 
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", metavar="N", help="Stop after N tokens; else when the model is full.")
@@ -123,8 +124,10 @@ def chat(
 
 def _load(bundle: Path, *, verify: bool) -> Any:
     require_bundle(bundle)
+    from edgestill.runtime.engines.opening import prepare
     from edgestill.runtime.model import load
 
+    prepare(bundle, verify, Progress())
     return load(bundle, verify=verify)
 
 

@@ -20,9 +20,23 @@ from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.engines.capabilities import PRECISIONS
+from edgestill.runtime.gpu import open_gpu
+
 ENGINE = "onnxruntime-cpu"
 """The engine that runs bundles on this machine."""
-PACKAGES = ("edgestill", "numpy", "onnxruntime", "tokenizers", "safetensors", "jinja2", "psutil")
+PACKAGES = (
+    "edgestill",
+    "numpy",
+    "onnxruntime",
+    "tokenizers",
+    "safetensors",
+    "jinja2",
+    "psutil",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda-bindings",
+)
 ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 CPUS = Path("/sys/devices/system/cpu")
 PROC = Path("/proc")
@@ -36,7 +50,7 @@ SWEEP_REPEATS = 6
 
 def describe_device() -> dict[str, Any]:
     """This machine in the words of a profile's `device` section, plus `cpu`; takes about a second (bandwidth is measured)."""
-    gpu = _gpu()
+    gpu = gpu_identity()
     return {
         "arch": architecture(),
         "engine": ENGINE,
@@ -63,7 +77,7 @@ def environment() -> dict[str, Any]:
         "memory_mib": memory_mib(),
         "container_memory_limit_mib": container_memory_mib(),
         "last_level_cache_mib": last_level_cache_mib(),
-        "gpu": None if (gpu := _gpu()) is None else gpu["name"],
+        "gpu": gpu_identity(),
         "start": conditions(),
     }
 
@@ -77,6 +91,7 @@ def conditions() -> dict[str, Any]:
         "cpu_mhz": cpu_mhz(),
         "governor": _read(CPUS / "cpu0/cpufreq/scaling_governor"),
         "temperature_c": temperature_c(),
+        "gpu": None if (gpu := open_gpu()) is None else gpu.conditions(),
     }
 
 
@@ -184,8 +199,34 @@ def temperature_c(thermal: Path = Path("/sys/class/thermal")) -> float | None:
     return max(values, default=None)
 
 
-def _gpu() -> dict[str, str] | None:
-    """The first NVIDIA GPU: name and compute capability; None where nvidia-smi is missing or finds none."""
+def gpu_identity() -> dict[str, Any] | None:
+    """The first NVIDIA GPU: name, compute_capability, and with NVML driver, memory_mib and memory_bandwidth_gb_per_s; None where
+    there is none."""
+    gpu = open_gpu()
+    return _by_nvidia_smi() if gpu is None else gpu.identity()
+
+
+def describe_gpu() -> dict[str, Any] | None:
+    """The first GPU in the words of a profile's `device` section, plus `cpu`; None where there is none."""
+    found = gpu_identity()
+    if found is None:
+        return None
+    capability = found["compute_capability"]
+    flavours = [name for name, cards in PRECISIONS.items() if capability in cards]
+    return {
+        "arch": architecture(),
+        "engine": flavours[-1] if flavours else "onnxruntime-cuda",
+        "cpu": found["name"],
+        "threads": usable_cores(),
+        "memory_mib": found.get("memory_mib") or memory_mib(),
+        "last_level_cache_mib": None,
+        "memory_bandwidth_gb_per_s": found.get("memory_bandwidth_gb_per_s"),
+        "gpu": found["name"],
+        "compute_capability": capability,
+    }
+
+
+def _by_nvidia_smi() -> dict[str, Any] | None:
     command = shutil.which("nvidia-smi")
     if command is None:
         return None

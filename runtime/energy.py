@@ -9,9 +9,22 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 POWERCAP = Path("/sys/class/powercap")
 IDLE_SECONDS = 1.0
+
+
+class Counter(Protocol):
+    """Something that counts the joules that a part of the machine draws."""
+
+    def joules(self) -> float:
+        """Energy since the counter was made, J."""
+        ...
+
+    def idle_watts(self, seconds: float = IDLE_SECONDS) -> float:
+        """Mean power while this process sleeps for `seconds`, W."""
+        ...
 
 
 @dataclass

@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edgestill.runtime.bundle import open_bundle, write_local
 from edgestill.runtime.child import MeasurementFailed
 from edgestill.runtime.device import ENGINE, architecture, conditions, environment
-from edgestill.runtime.errors import BadInput, BundleError, OutputRefused
+from edgestill.runtime.engines.cuda import Cuda
+from edgestill.runtime.engines.flavour import open_library
+from edgestill.runtime.engines.opening import ensure_engine, is_engine, on_gpu
+from edgestill.runtime.errors import BadInput, BundleError, EdgestillError, MissingPart, OutputRefused
 from edgestill.runtime.manifest import Manifest
 from edgestill.runtime.measure import (
     RESOURCES,
@@ -75,6 +79,8 @@ class Report:
     memory_timeline: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     """Of the bundle."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """TensorRT: fingerprint and build of the engine that was judged, or the `reason` why there is none; else empty."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, as report.json holds them."""
@@ -166,6 +172,7 @@ def check_bundle(bundle: Path, progress: Progress | None = None, *, keep: bool =
         raise BundleError("; ".join(problems))
     manifest = read_manifest(bundle)
     surroundings = environment()
+    engine = _engine(bundle, manifest, progress)
     estimates, beside, paths = _quality(bundle, manifest, progress)
     measured = _resources(bundle, manifest, progress)
     surroundings["end"] = conditions()
@@ -181,10 +188,29 @@ def check_bundle(bundle: Path, progress: Progress | None = None, *, keep: bool =
         paths=paths,
         memory_timeline=measured.memory_timeline,
         name=manifest.name,
+        engine=engine,
     )
     if keep:
         _keep(bundle, report, progress)
     return report
+
+
+def _engine(bundle: Path, manifest: Manifest, progress: Progress | None) -> dict[str, Any]:
+    """The engine that will be judged, built when it is missing; its reason where there can be none here."""
+    if not is_engine(manifest.profile.get("device", {}).get("engine")):
+        return {}
+    try:
+        stored = ensure_engine(open_bundle(bundle), progress)
+    except EdgestillError as refusal:
+        if progress is not None:
+            progress.say(f"no engine: {refusal}")
+        return {"reason": str(refusal)}
+    return {
+        "fingerprint": dataclasses.asdict(stored.fingerprint),
+        "digest": stored.fingerprint.digest,
+        "built_now": stored.built_now,
+        **stored.record,
+    }
 
 
 def _quality(
@@ -225,8 +251,25 @@ def wrong_machine(device: Mapping[str, Any]) -> str | None:
     arch, engine = device.get("arch", architecture()), device.get("engine", ENGINE)
     if arch != architecture():
         return f"built for {arch}, this machine is {architecture()}: {repair}"
+    if on_gpu(engine):
+        return _wrong_card(device, repair)
     if engine != ENGINE:
         return f"built for engine {engine}, this machine runs {ENGINE}: {repair}"
+    return None
+
+
+def _wrong_card(device: Mapping[str, Any], repair: str) -> str | None:
+    """Why the GPU here is not the one of a profile's `device`, or None."""
+    engine = str(device["engine"])
+    try:
+        if is_engine(engine):
+            open_library(engine)
+        card = Cuda().card()
+    except MissingPart as missing:
+        return f"built for engine {engine}: {str(missing).partition(';')[0]}: {repair}"
+    capability = device.get("compute_capability")
+    if capability not in (None, card.compute_capability):
+        return f"built for compute capability {capability}, {card.name} here has {card.compute_capability}: {repair}"
     return None
 
 
@@ -235,8 +278,6 @@ def _threads(manifest: Manifest) -> int:
 
 
 def _keep(bundle: Path, report: Report, progress: Progress | None) -> None:
-    from edgestill.runtime.bundle import open_bundle, write_local
-
     stamp = report.environment["end"]["utc"].replace("-", "").replace(":", "")
     try:
         path = write_local(open_bundle(bundle), f"check-{stamp}.json", report.text().encode())

@@ -60,20 +60,21 @@ class Graph:
     """The graph of this bundle and how its cache behaves.
 
     cache: `growing`: `present.*` = concatenation of `past_key_values.*` and the new tokens, shape
-    [batch, n_kv_heads, past + new, head_size] (two buffers in turn); `shared`: past and present are one buffer.
+    [batch, n_kv_heads, past + new, head_size] (two buffers in turn); `shared`: past and present are one buffer; `fixed`: one
+    buffer as well, of the length that stands in the shape, written where `write_indices` says (backends/fixed_cache.py).
     """
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    cache: Literal["growing", "shared"] = "growing"
+    cache: Literal["growing", "shared", "fixed"] = "growing"
 
 
 @dataclass(frozen=True)
 class Precision:
     """How the weights are stored. `accuracy_level` 4 quantizes activations to int8 too (MatMulNBits)."""
 
-    weights: Literal["float32", "int8", "int4", "nf4", "fp4"]
+    weights: Literal["float32", "float16", "bfloat16", "int8", "int4", "nf4", "fp4", "fp8"]
     block_size: int | None = None
     accuracy_level: int | None = None
     weights_from: Literal["checkpoint", "trained", "nearest", "gptq", "hqq"] = "checkpoint"

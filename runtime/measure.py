@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from edgestill.runtime.child import MeasurementFailed, run_child
-from edgestill.runtime.device import conditions, environment, last_level_cache_mib, memory_bandwidth_gb_per_s
+from edgestill.runtime.device import (
+    conditions,
+    environment,
+    gpu_identity,
+    last_level_cache_mib,
+    memory_bandwidth_gb_per_s,
+)
+from edgestill.runtime.engines.opening import on_gpu
 from edgestill.runtime.manifest import Manifest
 from edgestill.runtime.metrics import METRICS
 from edgestill.runtime.progress import Progress
@@ -91,13 +98,13 @@ def measure_bundle(
     estimates |= latency_estimates(found, work) | {
         "load_ms": median(np.array(found["load_ms"])),
         "peak_rss_mib": _peak(found["peak_rss_mib"]),
-        "peak_device_mib": Estimate.missing("no GPU is used by this engine"),
+        "peak_device_mib": device_estimate(found, manifest),
         "energy_j_per_token": energy_estimate(found, work),
     }
     speed = estimates["decode_tokens_per_s"]
-    estimates["bandwidth_fraction"] = bandwidth_fraction(
-        speed, graph_bytes(manifest), work.batch_size, manifest.profile
-    )
+    bytes_read, profile = graph_bytes(manifest), manifest.profile
+    fraction = device_bandwidth_fraction if on_gpu(profile.get("device", {}).get("engine")) else bandwidth_fraction
+    estimates["bandwidth_fraction"] = fraction(speed, bytes_read, work.batch_size, profile)
     samples = {
         "workload": dataclasses.asdict(work),
         "session": found["session"],
@@ -154,6 +161,32 @@ def bandwidth_fraction(speed: Estimate, graph_size: int, batch_size: int, profil
     if graph_size <= cache * MIB:
         return Estimate.missing(f"weights ({graph_size / MIB:.4g} MiB) fit in the last-level cache ({cache:.4g} MiB)")
     return speed.scaled(graph_size / batch_size / (memory_bandwidth_gb_per_s() * 1e9))
+
+
+def device_bandwidth_fraction(speed: Estimate, graph_size: int, batch_size: int, profile: dict[str, Any]) -> Estimate:
+    """The same on a GPU, over the bandwidth of its memory clock and bus; the profile's figure where NVML does not say."""
+    identity = gpu_identity() or {}
+    stated = profile.get("device", {})
+    bandwidth = identity.get("memory_bandwidth_gb_per_s") or stated.get("memory_bandwidth_gb_per_s")
+    cache = stated.get("last_level_cache_mib") or 0.0
+    if not bandwidth:
+        return Estimate.missing("the bandwidth of this GPU is unknown: state memory_bandwidth_gb_per_s in the profile")
+    if graph_size <= cache * MIB:
+        return Estimate.missing(f"weights ({graph_size / MIB:.4g} MiB) fit in the GPU's cache ({cache:.4g} MiB)")
+    return speed.scaled(graph_size / batch_size / (bandwidth * 1e9))
+
+
+def device_estimate(found: dict[str, Any], manifest: Manifest) -> Estimate:
+    """Peak device memory; a value that had to be taken of the whole card says so."""
+    if not on_gpu(manifest.profile.get("device", {}).get("engine")):
+        return Estimate.missing("no GPU is used by this engine")
+    peak = found["peak_device_mib"]
+    if not peak:
+        return Estimate.missing("this GPU does not say how much memory a process uses (install nvidia-ml-py)")
+    estimate = Estimate.exact(peak)
+    if found["device_by_process"]:
+        return estimate
+    return dataclasses.replace(estimate, reason="growth of the whole card's use: the driver hides this process's own")
 
 
 def graph_bytes(manifest: Manifest) -> int:

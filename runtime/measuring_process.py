@@ -18,6 +18,7 @@ from edgestill.runtime.child import Emit, emit_line
 from edgestill.runtime.errors import EdgestillError
 from edgestill.runtime.quality import measure_quality
 from edgestill.runtime.reference import FOLDER, HELD_OUT, PARITY, load_parity, load_reference
+from edgestill.runtime.sweep import sweep_task
 from edgestill.runtime.tune import tune_task
 from edgestill.runtime.workload import Workload, run_workload
 
@@ -50,7 +51,29 @@ def quality_task(bundle: Path, request: dict[str, Any], emit: Emit) -> dict[str,
     return {"estimates": rows, "beside": beside, "paths": paths}
 
 
-TASKS = {"resources": resources_task, "quality": quality_task, "tune": tune_task}
+def engine_task(bundle: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Build the engine of `bundle` for the card at hand, or `ahead` for another; `request`: compute_capability, ahead, verify."""
+    from edgestill.runtime import open_bundle
+    from edgestill.runtime.engines.cuda import Cuda
+    from edgestill.runtime.engines.flavour import open_library
+    from edgestill.runtime.engines.opening import target_ahead, target_here
+    from edgestill.runtime.engines.plan import plan_of
+    from edgestill.runtime.engines.store import build_engine
+
+    opened = open_bundle(bundle, verify=request["verify"])
+    library = open_library(plan_of(opened.manifest).flavour)
+    ahead = request["ahead"]
+    target = target_ahead(opened, request["compute_capability"]) if ahead else target_here(Cuda().card())
+    return build_engine(opened, library, target, emit).record
+
+
+TASKS = {
+    "resources": resources_task,
+    "quality": quality_task,
+    "sweep": sweep_task,
+    "tune": tune_task,
+    "engine": engine_task,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from edgestill.runtime import score as scoring
 from edgestill.runtime.backends import F32, I64, Backend
 from edgestill.runtime.bundle import Bundle, open_bundle
 from edgestill.runtime.chat import TEMPLATE, render_chat
+from edgestill.runtime.engines.opening import is_engine, open_engine
 from edgestill.runtime.errors import BadInput, BundleError, MissingPart, PromptTooLong
 from edgestill.runtime.generate import Ending, Generation, Piece, generate_pieces
 from edgestill.runtime.manifest import Manifest, ModelFacts
@@ -45,7 +46,9 @@ def load(path: str | Path, *, verify: bool = True, threads: int | None = None) -
 
     Raises:
         BundleError: the bundle is damaged, incomplete, unsafe or too new.
-        MissingPart: its engine is not here.
+        MissingPart: its engine is not here: TensorRT, the driver or the GPU.
+
+    An engine that was not built on this machine yet is built now, which may take minutes (`edgestill engine` does it before).
     """
     if threads is not None and threads < 1:
         raise BadInput(f"threads is {threads}; give at least 1")
@@ -57,7 +60,9 @@ def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
     """The engine that the bundle's profile names, with the bundle's graph in it."""
     device = bundle.manifest.profile.get("device", {})
     engine, wanted = device.get("engine", "onnxruntime-cpu"), device.get("threads")
-    if engine != "onnxruntime-cpu":
+    if is_engine(engine):
+        return open_engine(bundle)
+    if engine not in ("onnxruntime-cpu", "onnxruntime-cuda"):
         raise MissingPart(
             f"the engine {engine} of this bundle can't be run here", "build it for engine onnxruntime-cpu"
         )
@@ -81,6 +86,7 @@ def open_with(bundle: Bundle, settings: SessionSettings) -> Backend:
         threads=settings.threads,
         session_options=settings.session_options,
         prefill_chunk=settings.prefill_chunk,
+        device="cuda" if bundle.manifest.profile.get("device", {}).get("engine") == "onnxruntime-cuda" else "cpu",
     )
 
 

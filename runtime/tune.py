@@ -18,6 +18,8 @@ import numpy as np
 from edgestill.runtime.backends import PREFILL_CHUNK
 from edgestill.runtime.bundle import Bundle, open_bundle
 from edgestill.runtime.child import Emit, run_child
+from edgestill.runtime.device import ENGINE
+from edgestill.runtime.errors import BadInput
 from edgestill.runtime.measure import workload_of
 from edgestill.runtime.model import open_with
 from edgestill.runtime.progress import Progress
@@ -36,6 +38,9 @@ def tune_bundle(path: Path, progress: Progress | None = None) -> dict[str, Any]:
         MeasurementFailed: the measuring process gave no result. OutputRefused: local/ can't be written.
     """
     bundle = open_bundle(path)
+    engine = bundle.manifest.profile.get("device", {}).get("engine")
+    if engine != ENGINE:
+        raise BadInput(f"{path}: threads and spinning are settings of {ENGINE}; engine {engine} has none to tune")
     work = workload_of(bundle.manifest)
     found = run_child("tune", path, dataclasses.asdict(work), "tuning", progress)
     write_settings(bundle, SessionSettings(**found["settings"]), found["measured"])

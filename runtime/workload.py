@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgestill.runtime.backends import Backend, prefill_last
+from edgestill.runtime.bundle import read_manifest
 from edgestill.runtime.child import Emit
-from edgestill.runtime.energy import EnergyCounter, open_counter
+from edgestill.runtime.energy import Counter, open_counter
+from edgestill.runtime.engines.opening import on_gpu
 from edgestill.runtime.errors import BadInput
+from edgestill.runtime.gpu import DeviceMemory, open_gpu, open_gpu_energy
 from edgestill.runtime.manifest import ModelFacts
 from edgestill.runtime.reference import FOLDER, HELD_OUT
 from edgestill.runtime.statistics import MIN_TAIL_SAMPLES
@@ -82,9 +85,13 @@ class Run:
 
 
 class RssSampler:
-    """Resident memory of this process over time, sampled by a thread (about 20 microseconds every 20 ms)."""
+    """Resident memory of this process over time, sampled by a thread (about 20 microseconds every 20 ms).
 
-    def __init__(self) -> None:
+    `look` is called at every sample as well: where device memory is watched.
+    """
+
+    def __init__(self, look: Callable[[], None] | None = None) -> None:
+        self._look = look
         self._start = time.perf_counter()
         self._stop = threading.Event()
         self.points: list[tuple[float, float]] = []
@@ -103,6 +110,8 @@ class RssSampler:
     def _sample(self) -> None:
         while not self._stop.wait(RSS_PERIOD_S):
             self.points.append((round(self.now(), 3), round(resident_mib(), 2)))
+            if self._look is not None:
+                self._look()
 
 
 def resident_mib() -> float:
@@ -168,9 +177,7 @@ def prompts(bundle: Path, work: Workload, vocab_size: int, seed: int = 0) -> Ite
         yield prompt
 
 
-def generate_once(
-    backend: Backend, prompt: I64, new_tokens: int, counter: EnergyCounter | None, idle_watts: float
-) -> Run:
+def generate_once(backend: Backend, prompt: I64, new_tokens: int, counter: Counter | None, idle_watts: float) -> Run:
     """Prompt int64 [B, n] to `new_tokens` greedy tokens; `new_tokens` 1 stops at the first."""
     start = time.perf_counter()
     state = backend.new_state(prompt.shape[0], prompt.shape[1] + new_tokens)
@@ -196,13 +203,16 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
 
     import edgestill.runtime as runtime
 
-    sampler = RssSampler()
+    gpu_engine = on_gpu(read_manifest(bundle).profile.get("device", {}).get("engine"))
+    gpu = open_gpu() if gpu_engine else None
+    device = None if gpu is None else DeviceMemory(gpu)
+    sampler = RssSampler(None if device is None else device.look)
     load_ms, model = _timed_load(runtime.load, bundle, work.threads)
     phases = [(round(sampler.now(), 3), "loaded")]
     check_workload(work, model.facts)
-    counter = open_counter()
-    idle = counter.idle_watts() if isinstance(counter, EnergyCounter) else 0.0
-    meter = counter if isinstance(counter, EnergyCounter) else None
+    counter: Counter | str = open_gpu_energy(gpu) if gpu_engine else open_counter()
+    meter = None if isinstance(counter, str) else counter
+    idle = meter.idle_watts() if meter is not None else 0.0
     source = prompts(bundle, work, model.facts.vocab_size)
     warm_up = [generate_once(model.backend, next(source), work.new_tokens, None, 0.0) for _ in range(WARM_UP_RUNS)]
     phases.append((round(sampler.now(), 3), "warm"))
@@ -233,6 +243,8 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
         "energy_reason": counter if isinstance(counter, str) else None,
         "idle_watts": idle if meter is not None else None,
         "peak_rss_mib": peak,
+        "peak_device_mib": None if device is None else device.peak_mib,
+        "device_by_process": device is not None and device.by_process,
         "rss": sampler.points,
         "phases": phases,
     }

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from edgestill.runtime.backends import F32, I64, PREFILL_CHUNK, new_state_limits
+from edgestill.runtime.backends.fixed_cache import FixedState
+from edgestill.runtime.backends.ort_fixed import STEP_INPUTS, OrtFixedState
 from edgestill.runtime.backends.ort_states import KEEP, GrowingState, OrtState, SharedState, Wiring
 from edgestill.runtime.backends.pages import release_after_opening
-from edgestill.runtime.errors import BadInput, BundleError
+from edgestill.runtime.errors import BadInput, BundleError, MissingPart
 from edgestill.runtime.manifest import Graph, ModelFacts, TensorSpec
 
 ORT_TYPES = {
@@ -26,6 +28,10 @@ ORT_TYPES = {
     "tensor(int64)": "int64",
     "tensor(float16)": "float16",
 }
+AnyState = OrtState | OrtFixedState
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+EXACT_DEQUANTIZED = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Products of dequantized weights in float32: onnxruntime would fuse them and round activations to int8, as no engine does."""
 
 
 class OrtBackend:
@@ -40,12 +46,15 @@ class OrtBackend:
         threads: int | None = None,
         session_options: Mapping[str, str] | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
-        """Open `graph_path` with `threads` intra-op threads (None: every processor of this process).
+        """Open `graph_path` on `device` with `threads` intra-op threads (None: every processor of this process).
 
         `session_options`: onnxruntime's session config entries, such as `session.intra_op.allow_spinning`.
+        `device` "cuda": the CUDA provider, for graphs with a cache of fixed length, which stays in the GPU's memory.
 
         Raises:
+            MissingPart: this onnxruntime has no CUDA provider.
             BundleError: onnxruntime can't open the graph, or its inputs and outputs are not those of `graph`.
         """
         self.facts = facts
@@ -53,39 +62,44 @@ class OrtBackend:
         self.prefill_chunk = prefill_chunk
         threads = threads or available_cpus()
         self.session = {"threads": threads, "prefill_chunk": prefill_chunk, **(session_options or {})}
-        session = _open_session(graph_path, threads, session_options or {})
+        exact = EXACT_DEQUANTIZED if graph.cache == "fixed" else {}
+        self._device = device
+        session = _open_session(graph_path, threads, exact | dict(session_options or {}), PROVIDERS[device])
         optional = session.get_overridable_initializers()  # inputs that have a default
         inputs = _checked_specs(graph_path, "input", [*session.get_inputs(), *optional], graph.inputs)
         outputs = _checked_specs(graph_path, "output", session.get_outputs(), graph.outputs)
         sides = [f"{i}.{side}" for i in range(facts.n_layers) for side in ("key", "value")]
         past, present = [f"past_key_values.{side}" for side in sides], [f"present.{side}" for side in sides]
-        _check_names(graph_path, "input", inputs, {"input_ids", *past}, {"attention_mask", "position_ids", KEEP})
+        beside = {"attention_mask", "position_ids", KEEP} if graph.cache != "fixed" else set(STEP_INPUTS)
+        _check_names(graph_path, "input", inputs, {"input_ids", *past}, beside)
         _check_names(graph_path, "output", outputs, {"logits", *present}, set())
         cache_dtype = _one_dtype(graph_path, [inputs[n] for n in past] + [outputs[n] for n in present])
         logits_dtype = _one_dtype(graph_path, [outputs["logits"]])
         release_after_opening(graph_path.with_name(f"{graph_path.name}.data"))
         self._wiring = Wiring(session, facts, inputs, past, present, cache_dtype, logits_dtype)
 
-    def new_state(self, batch_size: int, max_tokens: int, left_padding: Sequence[int] | None = None) -> OrtState:
+    def new_state(self, batch_size: int, max_tokens: int, left_padding: Sequence[int] | None = None) -> AnyState:
         """See `Backend.new_state`. Memory: 2 x n_layers x B x Hkv x max_tokens x D values, twice where the cache grows."""
         padding = new_state_limits(self.facts, batch_size, max_tokens, left_padding)
+        if self.graph.cache == "fixed":
+            return OrtFixedState(self._wiring, self.graph, batch_size, max_tokens, padding, self._device)
         kind = SharedState if self.graph.cache == "shared" else GrowingState
         return kind(self._wiring, batch_size, max_tokens, padding)
 
-    def step(self, state: OrtState, token_ids: I64, keep: int | None = None) -> F32:
+    def step(self, state: AnyState, token_ids: I64, keep: int | None = None) -> F32:
         """See `Backend.step`."""
         return state.advance(token_ids, state.check_step(token_ids, keep))
 
-    def rewind(self, state: OrtState, length: int) -> None:
+    def rewind(self, state: AnyState, length: int) -> None:
         """See `Backend.rewind`."""
-        if not isinstance(state, SharedState):
+        if not isinstance(state, SharedState | FixedState):
             raise BadInput("a cache that grows can't be rewound; build the bundle with fused attention")
         state.rewind(length)
 
     @property
     def rewinds(self) -> bool:
         """See `Backend.rewinds`."""
-        return self.graph.cache == "shared"
+        return self.graph.cache != "growing"
 
 
 def available_cpus() -> int:
@@ -95,10 +109,15 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _open_session(graph_path: Path, threads: int, entries: Mapping[str, str]) -> Any:
+def _open_session(graph_path: Path, threads: int, entries: Mapping[str, str], provider: str) -> Any:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+    if provider not in onnxruntime.get_available_providers():
+        raise MissingPart(
+            f"this onnxruntime has no {provider}",
+            "pip uninstall onnxruntime, then pip install 'edgestill[cuda]', on a machine with an NVIDIA driver",
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -118,7 +137,7 @@ def _open_session(graph_path: Path, threads: int, entries: Mapping[str, str]) ->
         state.RuntimeException,
     )
     try:
-        return onnxruntime.InferenceSession(str(graph_path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(graph_path), options, providers=[provider])
     except refusals as refusal:
         why = " ".join(str(refusal).split())
         raise BundleError(

@@ -248,7 +248,6 @@ def test_profiles_that_cannot_be_built(tmp_path: Path, edgestill: Command) -> No
             "cpu-x68",
             r"cpu-x68: unknown profile; did you mean 'cpu-x86'\? known: .*; for a file give a path, such as ./cpu-x68.yaml",
         ),
-        ("rtx-4090", r"profile rtx-4090: engine tensorrt-rtx is not built yet; .* use engine onnxruntime-cpu .*"),
         (same, "two profiles are called device, and each names the folder of its bundle; rename one file"),
     ):
         done = edgestill("build", recipe, "--profile", good, "--profile", profile, "--out", tmp_path / "out")

@@ -12,7 +12,6 @@ from edgestill.profiles.arithmetic import (
     ModelSize,
     precision_problem,
     predict,
-    refuse_engine,
     refuse_impossible,
 )
 from edgestill.profiles.load import load_profile, packaged
@@ -79,7 +78,9 @@ def test_smollm_by_hand() -> None:
         ("int4", None, 1.875, 1.25, 4),
         ("float16", "8.7", 6.0, 4.0, 2),
         ("bfloat16", "8.0", 6.0, 4.0, 2),
-        ("fp8", "8.9", 3.1875, 2.125, 2),  # 8.5 bits: 8 and a 64th of a float32
+        ("fp8", "8.9", 3.09375, 2.0625, 2),  # 8.25 bits: 8 and a 64th of a float16
+        ("int4", "8.9", 1.6875, 1.125, 2),  # 4.5 bits: 4 and a 32nd of a float16
+        ("int8", "8.9", 3.09375, 2.0625, 2),  # one scale per output channel
         ("float32", "8.9", 12.0, 8.0, 4),
     ],
 )
@@ -89,7 +90,8 @@ def test_stored_bits_of_an_untied_model(
     found = predict(HAND, profile(weights, gpu=gpu))
     assert found.graph_mib == graph_mib
     assert found.weight_mib == weight_mib  # the table of 1 Mi weights is looked up, not read
-    assert found.cache_mib == 2 * 2 * 32 * cache_bytes_per_value * 192 / 2**20
+    held = 192 if gpu is None else 256  # an engine's cache has the model's length from the start
+    assert found.cache_mib == 2 * 2 * 32 * cache_bytes_per_value * held / 2**20
     assert found.decode_tokens_per_s_bound is None  # below 16 MiB
 
 
@@ -156,15 +158,27 @@ def test_workload_longer_than_the_model() -> None:
 @pytest.mark.parametrize(
     ("weights", "gpu", "problem"),
     [
-        ("fp8", "8.7", "'fp8' needs compute capability 8.9, this GPU has 8.7; use int4, int8, bfloat16, float16"),
-        ("bfloat16", "7.5", "'bfloat16' needs compute capability 8.0, this GPU has 7.5; use int4, int8, float16"),
-        ("int4", "7.0", "'int4' needs compute capability 7.5, this GPU has 7.0; use int8, float16"),
+        (
+            "fp8",
+            "8.7",
+            "'fp8' is beyond a card of compute capability 8.7 in tensorrt; use int4, int8, bfloat16, float16, float32",
+        ),
+        (
+            "bfloat16",
+            "7.5",
+            "'bfloat16' is beyond a card of compute capability 7.5 in tensorrt; use int8, float16, float32",
+        ),
+        (
+            "nf4",
+            "8.9",
+            "'nf4' of bitsandbytes has no kernel in tensorrt; use int4 or int8, and train the student on that grid",
+        ),
         ("float16", None, "'float16' is not built for engine onnxruntime-cpu; use float32, int8, int4, nf4, fp4"),
         ("fp8", "8.9", None),
         ("fp8", "12.0", None),
         ("bfloat16", "8.0", None),
-        ("int4", "7.5", None),
-        ("int8", "7.0", None),
+        ("int4", "8.0", None),
+        ("int8", "7.5", None),
         ("int8", None, None),
     ],
 )
@@ -182,15 +196,29 @@ def test_packaged_profiles_ask_nothing_impossible(name: str) -> None:
     refuse_impossible(student, load_profile(name).profile, name)
 
 
-def test_engines_that_are_not_built_yet() -> None:
+def test_a_card_that_a_flavour_does_not_know_is_named_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "hopper.yaml"
+    device = "{arch: x86_64, engine: tensorrt-rtx, memory_mib: 81920, memory_bandwidth_gb_per_s: 3350"
+    path.write_text(f'format: 1\ndevice:\n  {device}, gpu: NVIDIA H100, compute_capability: "9.0"}}\n')
     with pytest.raises(BadInput) as caught:
-        refuse_engine(load_profile("rtx-4090").profile, "rtx-4090")
+        load_profile(str(path))
     assert str(caught.value) == (
-        "profile rtx-4090: engine tensorrt-rtx is not built yet; for plain ONNX that it can load, "
-        "use engine onnxruntime-cpu (profiles cpu-x86, cpu-arm64) with portable: true"
+        f"{path}:3: device.compute_capability: tensorrt-rtx builds nothing for NVIDIA H100 of compute capability 9.0; "
+        "use engine tensorrt"
     )
-    for name in ("cpu-x86", "cpu-arm64"):
-        refuse_engine(load_profile(name).profile, name)
+    given = profile(gpu="7.0")
+    assert refusal(HAND, given) == [
+        "profile mine: device.compute_capability: tensorrt builds nothing for a card of compute capability 7.0; "
+        "it knows 7.5, 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1"
+    ]
+
+
+def test_a_cache_of_fixed_length_is_counted_whole() -> None:
+    short = profile(gpu="8.9", workload={"cache_tokens": 512})
+    assert predict(SMOL, short).cache_mib == 46_080 / 2 * 512 / 2**20
+    assert predict(SMOL, profile(gpu="8.9")).cache_mib == 46_080 / 2 * 2048 / 2**20
+    with pytest.raises(ValueError, match=r"cache_tokens 100 is less than prompt_tokens [+] new_tokens = 192; raise it"):
+        profile(gpu="8.9", workload={"cache_tokens": 100})
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])

@@ -1,0 +1,1 @@
+"""The graph that TensorRT engines are built from."""

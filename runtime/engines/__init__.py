@@ -1,0 +1,1 @@
+"""TensorRT engines: what a card can do, how an engine is built, named, kept and trusted."""

@@ -67,7 +67,7 @@ class EngineBuilder:
         network = self._library.network(builder)
         parser = trt.OnnxParser(network, builder.logger)
         if not parser.parse_from_file(str(graph_path)):  # by name, so that weights in a file beside it are found
-            why = "; ".join(str(parser.get_error(i).desc()) for i in range(min(parser.num_errors, 3)))
+            why = " ".join(str(parser.get_error(0).desc()).split())[:300] if parser.num_errors else ""
             raise BadInput(
                 f"{self._name} can't read {graph_path.name} ({why or self._why()}); upgrade it or build the bundle again"
             )
@@ -126,6 +126,8 @@ class EngineBuilder:
 
     def _timing_cache(self, config: Any, known: bytes) -> Any:
         """The config's timing cache, filled with what is known; None where the flavour keeps none."""
+        if not self._library.flavour.times_kernels:
+            return None
         cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, False):
             return None

@@ -29,11 +29,13 @@ class Flavour:
     extra: str
     """Of pyproject.toml."""
     builds_without_gpu: bool
+    times_kernels: bool
+    """Whether the builder measures kernels, so that a timing cache shortens the next build; the other compiles on the card."""
 
 
 FLAVOURS = {
-    "tensorrt": Flavour("tensorrt", "tensorrt", "tensorrt", builds_without_gpu=False),
-    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", builds_without_gpu=True),
+    "tensorrt": Flavour("tensorrt", "tensorrt", "tensorrt", builds_without_gpu=False, times_kernels=True),
+    "tensorrt-rtx": Flavour("tensorrt-rtx", "tensorrt_rtx", "rtx", builds_without_gpu=True, times_kernels=False),
 }
 
 

@@ -45,7 +45,9 @@ def test_packaged_profiles_load(name: str) -> None:
     assert loaded.name == name
     assert loaded.text.startswith("# ")
     assert loaded.profile.budget
-    assert loaded.profile.portable == (loaded.profile.device.engine != "onnxruntime-cpu")
+    assert re.search("not (yet )?measured", loaded.text) or name == "cpu-x86", (
+        "budgets of a device that was not measured say so"
+    )
 
 
 @pytest.mark.parametrize("name", packaged("recipes"))
@@ -57,7 +59,10 @@ def test_packaged_recipes_load(name: str) -> None:
 
 
 def test_the_promised_devices_are_packaged() -> None:
-    assert {"cpu-x86", "cpu-arm64", "rtx-4090", "jetson-orin-nano", "l4", "h200"} <= set(packaged("profiles"))
+    assert {
+        *("cpu-x86", "cpu-arm64", "rtx-4090", "rtx-5090", "jetson-orin-nano", "jetson-agx-orin"),
+        *("l4", "a100", "h100", "h200"),
+    } == set(packaged("profiles"))
 
 
 def test_a_recipe_knows_where_its_paths_start(tmp_path: Path) -> None:

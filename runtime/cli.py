@@ -42,6 +42,7 @@ EXTRAS = {
         "optimum",
         "onnx",
         "onnx_ir",
+        "ml_dtypes",
         "onnxscript",
         "bitsandbytes",
         "datasets",

@@ -28,7 +28,7 @@ from edgestill.runtime.gate import Check, Report
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
     *("build", "plan", "distill", "ablate", "export"),
-    *("check", "bench", "tune", "report", "verify"),
+    *("check", "bench", "engine", "tune", "report", "verify"),
     *("generate", "chat", "profiles"),
 ]
 OPTIONS = {
@@ -38,7 +38,8 @@ OPTIONS = {
     "ablate": ["--out", "--seeds", "--tokens", "--rows", "--only", "--jobs", "--held-out"],
     "export": ["--profile", "--out", "--held-out", "--limits"],
     "check": ["--json"],
-    "bench": ["--prompt-tokens", "--new-tokens", "--batch", "--json"],
+    "bench": ["--prompt-tokens", "--new-tokens", "--batch", "--sweep", "--beside", "--torch", "--plot", "--json"],
+    "engine": ["--ahead", "--compute-capability", "--json"],
     "generate": [
         "--max-new-tokens",
         "--temperature",

@@ -1,0 +1,176 @@
+"""What a GPU says of itself: NVML's answers in our words, Jetson's files by hand, and silence where nothing is known."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgestill.runtime import device as device_module
+from edgestill.runtime import gpu as gpu_module
+from edgestill.runtime.commands_profiles import profile_text
+from edgestill.runtime.device import describe_gpu
+from edgestill.runtime.gpu import DeviceMemory, Gpu, GpuEnergy, JetsonEnergy, jetson_rail, open_gpu_energy
+
+MIB = 1 << 20
+
+
+class NVMLError(Exception):
+    pass
+
+
+class Nvml:
+    """pynvml for one RTX 4090: what it answers, or that it does not support the question."""
+
+    NVMLError = NVMLError
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {
+            "nvmlDeviceGetHandleByIndex": "handle",
+            "nvmlDeviceGetCudaComputeCapability": (8, 9),
+            "nvmlDeviceGetName": b"NVIDIA GeForce RTX 4090",
+            "nvmlSystemGetDriverVersion": "580.65.06",
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=24564 * MIB, used=1000 * MIB),
+            "nvmlDeviceGetMemoryBusWidth": 384,
+            "nvmlDeviceGetMaxClockInfo": 10501,
+            "nvmlDeviceGetClockInfo": 2520,
+            "nvmlDeviceGetTemperature": 61,
+            "nvmlDeviceGetPowerUsage": 312_400,
+            "nvmlDeviceGetCurrentClocksThrottleReasons": 0x4 | 0x40,
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=os.getpid(), usedGpuMemory=300 * MIB)],
+            "nvmlDeviceGetTotalEnergyConsumption": 5000,
+            **answers,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        def answer(*_: Any) -> Any:
+            found = self.answers[name]
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        if name not in self.answers:
+            raise AttributeError(name)
+        return answer
+
+
+def test_identity_and_conditions_by_hand() -> None:
+    gpu = Gpu(Nvml())
+    assert gpu.identity() == {
+        "name": "NVIDIA GeForce RTX 4090",
+        "compute_capability": "8.9",
+        "driver": "580.65.06",
+        "memory_mib": 24564,
+        "memory_bandwidth_gb_per_s": 1008.1,  # 2 x 10.501 GHz x 384 / 8
+    }
+    assert gpu.conditions() == {
+        "sm_mhz": 2520,
+        "memory_mhz": 2520,
+        "temperature_c": 61,
+        "power_w": 312.4,
+        "throttled_by": ["power cap", "thermal (hardware)"],
+    }
+
+
+def test_what_a_card_does_not_say_is_none() -> None:
+    refused = dict.fromkeys(
+        ("nvmlDeviceGetMemoryBusWidth", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"), NVMLError()
+    )
+    gpu = Gpu(Nvml(**refused))
+    assert gpu.identity()["memory_bandwidth_gb_per_s"] is None
+    assert gpu.conditions()["power_w"] is None
+    assert open_gpu_energy(gpu) == "this GPU keeps no energy counter"
+
+
+def test_energy_is_counted_from_now_on() -> None:
+    nvml = Nvml()
+    counter = open_gpu_energy(Gpu(nvml))
+    assert isinstance(counter, GpuEnergy) and counter.joules() == 0
+    nvml.answers["nvmlDeviceGetTotalEnergyConsumption"] = 7500
+    assert counter.joules() == 2.5
+
+
+def test_memory_of_this_process_or_else_the_growth_of_all() -> None:
+    nvml = Nvml()
+    memory = DeviceMemory(Gpu(nvml))
+    memory.look()
+    assert (memory.peak_mib, memory.by_process) == (300, True)
+    hidden = Nvml(nvmlDeviceGetComputeRunningProcesses=[SimpleNamespace(pid=1, usedGpuMemory=5)])
+    memory = DeviceMemory(Gpu(hidden))
+    hidden.answers["nvmlDeviceGetMemoryInfo"] = SimpleNamespace(total=0, used=1700 * MIB)
+    memory.look()
+    hidden.answers["nvmlDeviceGetMemoryInfo"] = SimpleNamespace(total=0, used=1200 * MIB)
+    memory.look()
+    assert (memory.peak_mib, memory.by_process) == (700, False)
+
+
+def rail(root: Path, number: int, label: str, millivolts: int, milliamperes: int) -> None:
+    folder = root / "hwmon3"
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "name").write_text("ina3221\n")
+    (folder / f"in{number}_label").write_text(f"{label}\n")
+    (folder / f"in{number}_input").write_text(f"{millivolts}\n")
+    (folder / f"curr{number}_input").write_text(f"{milliamperes}\n")
+
+
+def test_jetsons_rail_of_the_whole_board(tmp_path: Path) -> None:
+    rail(tmp_path, 2, "VDD_CPU_GPU_CV", 5000, 1000)
+    found = jetson_rail(tmp_path)
+    assert found is not None and (found.name, found.watts()) == ("VDD_CPU_GPU_CV", 5.0)
+    rail(tmp_path, 1, "VDD_IN", 5000, 1500)
+    found = jetson_rail(tmp_path)
+    assert found is not None and (found.name, found.watts()) == ("VDD_IN", 7.5)
+    (tmp_path / "hwmon3" / "name").write_text("coretemp\n")
+    assert jetson_rail(tmp_path) is None and jetson_rail(tmp_path / "nowhere") is None
+
+
+def test_a_boards_energy_is_the_sum_of_its_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rail(tmp_path, 1, "VDD_IN", 5000, 1500)
+    found = jetson_rail(tmp_path)
+    assert found is not None
+    clock = [0.0]
+    monkeypatch.setattr(gpu_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(gpu_module.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    counter = JetsonEnergy(found)
+    clock[0] = 2.0
+    assert counter.joules() == 15.0
+    rail(tmp_path, 1, "VDD_IN", 5000, 2500)
+    clock[0] = 4.0
+    assert counter.joules() == 15.0 + 2 * (7.5 + 12.5) / 2
+
+
+def test_a_machine_with_a_gpu_describes_it_as_a_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from edgestill.profiles.load import load_profile
+
+    monkeypatch.setattr(device_module, "open_gpu", lambda: Gpu(Nvml()))
+    found = describe_gpu()
+    assert found is not None
+    path = tmp_path / "card.yaml"
+    path.write_text(profile_text(found))
+    device = load_profile(str(path)).profile.device
+    assert (device.engine, device.gpu, device.compute_capability) == ("tensorrt-rtx", "NVIDIA GeForce RTX 4090", "8.9")
+    assert (device.memory_mib, device.memory_bandwidth_gb_per_s) == (24564, 1008.1)
+    monkeypatch.setattr(device_module, "open_gpu", lambda: Gpu(Nvml(nvmlDeviceGetCudaComputeCapability=(9, 0))))
+    hopper = describe_gpu()
+    assert hopper is not None and hopper["engine"] == "tensorrt"
+
+
+def test_no_nvml_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from edgestill.runtime.cli import run
+
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpu_module.open_gpu() is None
+    assert str(open_gpu_energy()).startswith("no NVML here")
+    monkeypatch.setattr(device_module, "gpu_identity", lambda: None)
+    assert run(["profiles", "detect", "--gpu"]) == 2
+    assert run(["profiles", "cpu-x86", "--gpu"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "edgestill: no NVIDIA GPU is here, or its driver does not answer; run this on the target",
+        "edgestill: --gpu goes with detect: edgestill profiles detect --gpu",
+    ]

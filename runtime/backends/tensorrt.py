@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,13 +36,32 @@ STEP_INPUTS = ("input_ids", "position_ids", "write_indices", "logit_positions")
 """Uploaded at every step; key_positions never changes."""
 
 
+class Kernels(Protocol):
+    """Where kernels that were compiled on this card wait for the next process."""
+
+    def read(self) -> bytes:
+        """What was kept, empty when there is nothing that may be used."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Keep `data`; a place that can't be written keeps nothing."""
+        ...
+
+
 class TensorRTBackend:
     """One engine on one GPU. Safe to step from several threads, each with its own state."""
 
     def __init__(
-        self, data: bytes, library: Library, device: Device, plan: EnginePlan, graph: Graph, facts: ModelFacts
+        self,
+        data: bytes,
+        library: Library,
+        device: Device,
+        plan: EnginePlan,
+        graph: Graph,
+        facts: ModelFacts,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Open the engine in `data`.
+        """Open the engine in `data`. `kernels`: where those that this card's runtime compiles are kept.
 
         Raises:
             MissingPart: TensorRT refuses it on this card.
@@ -54,11 +73,14 @@ class TensorRTBackend:
         self.library, self.device = library, device
         self.engine = _open_engine(data, library, self._keep_line)
         _check_engine(self.engine, graph, library)
-        _, own = library.context(self.engine)
+        self._kernels, self._kept_bytes = kernels, 0
+        compiled = b"" if kernels is None else kernels.read()
+        self.running = library.running(self.engine, compiled)
+        self._kept_bytes = len(compiled)
         self.session: dict[str, Any] = {
             "engine": f"{library.flavour.name} {library.version}",
             "prefill_chunk": self.prefill_chunk,
-            "cuda_graph": "by the runtime" if own else "decode step captured",
+            "cuda_graph": "by the runtime" if self.running.captures else "decode step captured",
         }
         self._free: dict[int, list[Lane]] = {}
         self._lock = threading.Lock()
@@ -114,6 +136,16 @@ class TensorRTBackend:
         with self._lock:
             for lane in lanes:
                 self._free.setdefault(lane.rows, []).append(lane)
+        self._keep_kernels()
+
+    def _keep_kernels(self) -> None:
+        """After a text, when nobody waits: keep what was compiled for the next process."""
+        if self._kernels is None:
+            return
+        compiled = self.running.compiled()
+        if len(compiled) > self._kept_bytes:
+            self._kernels.write(compiled)
+            self._kept_bytes = len(compiled)
 
 
 class EngineState(FixedState):
@@ -178,7 +210,7 @@ class Lane:
         positions = np.arange(plan.capacity, dtype=np.int64)
         self._device.upload(self._addresses["key_positions"], positions, self._stream)
         self._device.wait(self._stream)
-        for context, _ in self._contexts:
+        for context in self._contexts:
             self._bind(context)
         self._graphs: dict[int, Callable[[], None]] = {}
         self._running = (0, 0)
@@ -210,7 +242,7 @@ class Lane:
             self._graphs[attended]()
             return
         self._run(DECODE, 1, 1, attended)
-        if not self._contexts[DECODE][1]:
+        if not self._backend.running.captures:
             # recording wants a run of the same shape before it, which loads kernels and takes scratch memory
             self._device.wait(self._stream)
             record = partial(self._run, DECODE, 1, 1, attended)
@@ -218,7 +250,7 @@ class Lane:
 
     def _run(self, number: int, new: int, keep: int, attended: int) -> None:
         """Upload, execute, download, all on the stream."""
-        context, _ = self._contexts[number]
+        context = self._contexts[number]
         rows, vocab = self.rows, self._backend.facts.vocab_size
         shapes = {
             "input_ids": (rows, new),
@@ -239,15 +271,15 @@ class Lane:
             )
         self._device.download(self._logits[: rows * keep * vocab], self._addresses["logits"], self._stream)
 
-    def _context(self, number: int) -> tuple[Any, bool]:
-        """(an execution context with optimization profile `number`, whether it captures its graph itself)."""
-        context, own = self._backend.library.context(self._backend.engine)
+    def _context(self, number: int) -> Any:
+        """An execution context with optimization profile `number`."""
+        context = self._backend.running.context()
         if context is None or not context.set_optimization_profile_async(number, self._stream):
             raise MissingPart(
                 "TensorRT makes no execution context of this engine", "free device memory, or build the engine again"
             )
         self._device.wait(self._stream)
-        return context, own
+        return context
 
     def _bind(self, context: Any) -> None:
         """Addresses and the shapes that never change."""

@@ -136,15 +136,41 @@ class Library:
         }
         return names.get(kind, str(kind))
 
-    def context(self, engine: Any) -> tuple[Any, bool]:
-        """(an execution context, whether it captures its CUDA graph itself)."""
-        config_of = getattr(engine, "create_runtime_config", None)
-        strategies = getattr(self.trt, "CudaGraphStrategy", None)
-        if config_of is None or strategies is None:
-            return engine.create_execution_context(), False
-        config = config_of()
-        config.cuda_graph_strategy = strategies.WHOLE_GRAPH_CAPTURE
-        return engine.create_execution_context(config), True
+    def running(self, engine: Any, compiled: bytes) -> Running:
+        """How contexts of `engine` are made; `compiled`: kernels that an earlier process compiled for it on this card."""
+        if self.flavour.times_kernels:
+            return Running(engine, None, None)
+        config = engine.create_runtime_config()
+        config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        cache = config.create_runtime_cache()
+        if compiled:
+            cache.deserialize(compiled)
+        config.set_runtime_cache(cache)
+        return Running(engine, config, cache)
+
+
+@dataclass(frozen=True)
+class Running:
+    """An engine with what its contexts share. TensorRT-RTX compiles kernels when a shape first runs, and keeps them in `cache`."""
+
+    engine: Any
+    config: Any
+    cache: Any
+
+    @property
+    def captures(self) -> bool:
+        """Whether contexts record their CUDA graphs themselves."""
+        return self.config is not None
+
+    def context(self) -> Any:
+        """A new execution context, None where memory is short."""
+        if self.config is None:
+            return self.engine.create_execution_context()
+        return self.engine.create_execution_context(self.config)
+
+    def compiled(self) -> bytes:
+        """All kernels that were compiled so far, for the next process."""
+        return b"" if self.cache is None else bytes(self.cache.serialize())
 
 
 def open_library(name: str) -> Library:

@@ -11,7 +11,7 @@ from edgestill.runtime.child import MeasurementFailed, run_child
 from edgestill.runtime.engines.cuda import Card, Cuda
 from edgestill.runtime.engines.flavour import FLAVOURS, Library, open_library
 from edgestill.runtime.engines.plan import plan_of
-from edgestill.runtime.engines.store import StoredEngine, Target, find_engine, others, wanted
+from edgestill.runtime.engines.store import CompiledKernels, StoredEngine, Target, find_engine, others, wanted
 from edgestill.runtime.errors import BadInput, MissingPart
 from edgestill.runtime.progress import Progress
 
@@ -103,5 +103,7 @@ def open_engine(bundle: Bundle, progress: Progress | None = None) -> TensorRTBac
     plan = plan_of(manifest)
     library: Library = open_library(plan.flavour)
     device = Cuda()
-    stored = ensure_engine(bundle, progress, target=target_here(device.card()))
-    return TensorRTBackend(stored.data, library, device, plan, manifest.graph, manifest.model)
+    card = device.card()
+    stored = ensure_engine(bundle, progress, target=target_here(card))
+    kernels = CompiledKernels(stored.fingerprint, card.driver)
+    return TensorRTBackend(stored.data, library, device, plan, manifest.graph, manifest.model, kernels)

@@ -4,6 +4,7 @@
     <home>/engines/<bundle digest>/<fp>/       the same, where the bundle can't be written
     <bundle>/engines/<fp>.engine               shipped: declared in the manifest, hash checked like any file
     <home>/timing/<flavour>-<version>-<card>   measured kernel times, for all bundles: never read from a bundle
+    <home>/kernels/<fingerprint>               what TensorRT-RTX compiled on this card, sealed as well
 
 `engine.json` holds the fingerprint, the seal (trust.py) and what the build took. A lock lets the second process wait for the
 first; it then finds what that one built.
@@ -11,6 +12,7 @@ first; it then finds what that one built.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -32,12 +34,12 @@ from edgestill.runtime.engines.plan import (
     plan_of,
     refuse_card,
 )
-from edgestill.runtime.engines.trust import home, is_sealed, seal
+from edgestill.runtime.engines.trust import SEAL_CHARACTERS, home, is_sealed, seal
 from edgestill.runtime.errors import BundleError, OutputRefused
 from edgestill.runtime.files import write_atomically
 from edgestill.runtime.manifest import LOCAL, MANIFEST
 
-ENGINE, RECORD, LOG = "engine", "engine.json", "build.log"
+ENGINE, RECORD, LOG, KERNELS = "engine", "engine.json", "build.log", "kernels"
 SHIPPED = "engines"
 """Folder of a bundle with engines that were built where the bundle was."""
 
@@ -85,6 +87,29 @@ def find_engine(bundle: Bundle, version: str, target: Target) -> StoredEngine | 
             if found is not None:
                 return found
     return _shipped(bundle, ahead)
+
+
+class CompiledKernels:
+    """What TensorRT-RTX compiled for one engine on this card, in the home folder, behind its seal."""
+
+    def __init__(self, fingerprint: Fingerprint, driver: str | None) -> None:
+        self._name = f"{fingerprint.digest}-{driver}"
+        self._path = home() / KERNELS / self._name
+
+    def read(self) -> bytes:
+        """What this machine kept; empty when there is nothing, or something else."""
+        try:
+            content = self._path.read_bytes()
+        except OSError:
+            return b""
+        sealed, data = content[:SEAL_CHARACTERS], content[SEAL_CHARACTERS:]
+        return data if is_sealed(data, self._name, sealed.decode("ascii", "replace")) else b""
+
+    def write(self, data: bytes) -> None:
+        """Keep `data`; where the folder can't be written the next process compiles again."""
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, seal(data, self._name).encode() + data)
 
 
 def others(bundle: Bundle, fingerprint: Fingerprint) -> list[str]:

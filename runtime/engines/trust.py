@@ -16,6 +16,7 @@ from edgestill.runtime.errors import OutputRefused
 from edgestill.runtime.files import write_atomically
 
 KEY_BYTES = 32
+SEAL_CHARACTERS = 64
 HOME = "EDGESTILL_HOME"
 """Environment variable: where this machine's key and the engines of read-only bundles are kept (default ~/.cache/edgestill)."""
 

@@ -19,6 +19,11 @@ from edgestill.runtime.errors import BundleError, MissingPart, PromptTooLong
 from edgestill.runtime.model import Model
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGESTILL_HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_engine_bundle(tmp_path_factory.mktemp("engine") / "bundle")
@@ -168,6 +173,22 @@ def test_two_texts_at_once_are_independent(folder: Path) -> None:
         state = theirs.new_state(1, 40)
         wanted = np.concatenate([theirs.step(state, ids[which][:, i : i + 1]).copy() for i in range(30)], axis=1)
         np.testing.assert_array_equal(found[which], wanted)
+
+
+def test_kernels_are_kept_after_a_text_for_the_next_process(folder: Path) -> None:
+    from edgestill.runtime.engines.plan import fingerprint_of
+    from edgestill.runtime.engines.store import CompiledKernels
+
+    ours, _, device = backends(folder)
+    kernels = CompiledKernels(fingerprint_of(ours.plan, "1.7", "8.9", None), "13.0")
+    for kept in (b"k", b"kk"):
+        backend = TensorRTBackend(b"engine", ours.library, device, ours.plan, ours.graph, ours.facts, kernels)
+        backend.step(backend.new_state(1, 8), np.ones((1, 3), np.int64))
+        gc.collect()
+        assert kernels.read() == kept
+    path = kernels._path
+    path.write_bytes(path.read_bytes() + b"planted")
+    assert kernels.read() == b"", "what this machine did not seal is not used"
 
 
 def test_what_does_not_fit_is_refused(folder: Path) -> None:

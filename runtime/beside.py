@@ -40,4 +40,6 @@ def rows_beside(report: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(name, runs_on, (perplexity.get(name), *(None if v is None else float(v) for v in measured))))
     checks = {row["name"]: row["value"] for row in report["checks"]}
     mine = tuple(checks.get(column) for column in COLUMNS)
-    return [*rows, Row(ARTIFACT, "onnxruntime", mine)] if rows else []
+    engine = report.get("engine") or {}
+    runs_on = engine.get("fingerprint", {}).get("flavour", "no engine here") if engine else "onnxruntime"
+    return [*rows, Row(ARTIFACT, runs_on, mine)] if rows else []

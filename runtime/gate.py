@@ -176,6 +176,8 @@ def check_bundle(bundle: Path, progress: Progress | None = None, *, keep: bool =
     estimates, beside, paths = _quality(bundle, manifest, progress)
     measured = _resources(bundle, manifest, progress)
     surroundings["end"] = conditions()
+    if engine:
+        surroundings["engine"] = engine.get("fingerprint", {}).get("flavour")
     verdict, checks = judge(estimates | measured.estimates, manifest.limits)
     report = Report(
         verdict=verdict,

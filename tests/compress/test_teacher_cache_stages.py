@@ -100,7 +100,8 @@ def test_entropies_are_compared_at_the_fitted_temperature_only_where_the_fusion_
     for fusion, expected in (
         (ENTROPY, fitted),
         ({"weights": "reinforced", "calibration": "temperature"}, fitted),
-        ({"weights": "entropy"}, [1.0, 1.0]),  # offsets
+        ({"weights": "entropy"}, fitted),
+        ({"weights": "entropy", "calibration": "offset"}, [1.0, 1.0]),
         ({"weights": "entropy", "calibrate": False}, [1.0, 1.0]),
         ({"weights": "uniform"}, [1.0, 1.0]),
     ):

@@ -242,9 +242,12 @@ def test_load_refuses_bad_threads_foreign_engines_and_broken_files(tmp_path: Pat
     folder = make_bundle(tmp_path / "b")
     with pytest.raises(BadInput, match="threads is 0"):
         load(folder, threads=0)
-    foreign = {**PROFILE, "device": {"engine": "tensorrt"}}
-    with pytest.raises(MissingPart, match="engine tensorrt"):
-        load(make_bundle(tmp_path / "trt", profile=foreign))
+    foreign = {**PROFILE, "device": {"engine": "another"}}
+    with pytest.raises(MissingPart, match="engine another"):
+        load(make_bundle(tmp_path / "another", profile=foreign))
+    unfit = {**PROFILE, "device": {"engine": "tensorrt"}}
+    with pytest.raises(BundleError, match="growing cache, no engine can be built of it"):
+        load(make_bundle(tmp_path / "trt", profile=unfit))
     greedy = {**PROFILE, "device": {**PROFILE["device"], "threads": 10_000}}
     load(make_bundle(tmp_path / "many", profile=greedy))
     assert available_cpus() >= 1

@@ -34,6 +34,7 @@ from edgestill.export.stored import (
     Quantized,
     Tables,
     round_to_nearest,
+    unfit_blocks,
     unfit_product,
     unfit_table,
     values_of,
@@ -200,6 +201,8 @@ class _Store:
         return self._known[key]
 
     def _stored(self, name: str, prefix: str, matrix: F32) -> tuple[Form, float | None] | str:
+        if self._float_rows and (why := unfit_blocks(len(matrix), self._precision)) is not None:
+            return why
         found = self._given(name, matrix) if self._given is not None else None
         if isinstance(found, str):
             return found

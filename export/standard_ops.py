@@ -1,13 +1,16 @@
 """Quantized weights as plain ONNX: DequantizeLinear of opset 21, for engines without onnxruntime's own operators.
 
-    int4   codes INT4 [K, N] (UINT4 with zero points), scales [K / block_size, N], axis 0, block_size
+    int4   codes INT4 [K, N] (UINT4 with zero points), scales [K / block, N], axis 0, block_size
     int8   codes INT8 [K, N], scales [N], axis 1
     rows of an embedding: Cast(Gather(codes)) * Gather(scales), since DequantizeLinear has no scale per chosen row
 
-The integers and the scales are those of blockwise.py, another way round: y = x W reads [K, N].
+The integers and the scales are those of blockwise.py, another way round: y = x W reads [K, N]. Where the last block is not full
+(TensorRT wants whole ones) the same weight is written in smaller blocks that divide K, each with the scale it had.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +28,24 @@ def standard_constants(graph: ir.Graph, block: BlockWeight, prefix: str) -> list
     if block.bits == 8:
         signed = add_constant(graph, f"{prefix}_codes", (codes.T - 128).astype(np.int8))
         return [signed, add_constant(graph, f"{prefix}_scales", block.scales[:, 0])]
-    symmetric = block.zero_points is None
+    symmetric, parts = block.zero_points is None, block.block_size // whole_block(block)
     kind = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
     values = [_add_packed(graph, f"{prefix}_codes", (codes - 8 if symmetric else codes).T, kind)]
-    values.append(add_constant(graph, f"{prefix}_scales", block.scales.T))
+    count = block.inputs // whole_block(block)
+    values.append(add_constant(graph, f"{prefix}_scales", np.repeat(block.scales, parts, axis=1)[:, :count].T))
     if not symmetric:
-        values.append(_add_packed(graph, f"{prefix}_zero_points", zero.T, kind))
+        values.append(_add_packed(graph, f"{prefix}_zero_points", np.repeat(zero, parts, axis=1)[:, :count].T, kind))
     return values
+
+
+def whole_block(block: BlockWeight) -> int:
+    """The largest block that divides both K and the block of the scales."""
+    return math.gcd(block.block_size, block.inputs)
 
 
 def standard_product(x: ir.Value, block: BlockWeight, constants: list[ir.Value], name: str) -> tuple[ir.Node, ...]:
     """DequantizeLinear and the product that reads it."""
-    attributes = {"axis": 1} if block.bits == 8 else {"axis": 0, "block_size": block.block_size}
+    attributes = {"axis": 1} if block.bits == 8 else {"axis": 0, "block_size": whole_block(block)}
     weight = ir.node("DequantizeLinear", constants, attributes, name=f"{name}_weight")
     return weight, ir.node("MatMul", [x, weight.outputs[0]], name=name)
 

@@ -8,6 +8,7 @@ Eights   fp8           the same with 8-bit floats, for engines (fp8.py)
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -23,6 +24,8 @@ from edgestill.export.tables import TableWeight, quantize_table, table_constants
 from edgestill.profiles.schema import PrecisionSpec
 
 F32 = npt.NDArray[np.float32]
+WHOLE_FROM = 16
+"""The smallest block that TensorRT-RTX was seen to build."""
 Quantized = BlockWeight | TableWeight | Fp8Weight
 
 
@@ -138,6 +141,15 @@ def unfit_table(hidden: int, precision: PrecisionSpec, standard: bool) -> str | 
     if not lookup_runs(bits, precision.block_size, precision.symmetric):
         return f"this onnxruntime has no GatherBlockQuantized for {bits} bits in blocks of {precision.block_size}"
     return None
+
+
+def unfit_blocks(inputs: int, precision: PrecisionSpec) -> str | None:
+    """Why a layer of so many inputs stays float in an engine, which wants whole blocks of WHOLE_FROM at least; None when it need
+    not."""
+    whole = math.gcd(inputs, precision.block_size)
+    if precision.weights != "int4" or whole >= WHOLE_FROM:
+        return None
+    return f"{inputs} inputs make no whole blocks of {WHOLE_FROM} or more, which engines want"
 
 
 def unfit_product(inputs: int, precision: PrecisionSpec) -> str | None:

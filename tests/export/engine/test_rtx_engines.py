@@ -114,6 +114,43 @@ def test_an_engine_of_int4_is_much_smaller_than_one_of_float16(library: Library,
     assert sizes["int4"] <= 0.45 * sizes["float16"], sizes
 
 
+@pytest.mark.parametrize(("inner", "block", "left"), [(288, 64, 0), (80, 32, 0), (72, 32, 2)])
+def test_layers_whose_last_block_is_not_full(
+    inner: int, block: int, left: int, library: Library, tmp_path: Path
+) -> None:
+    """288 inputs in blocks of 64, 80 in blocks of 32: the same weights in blocks that divide them; 72 has none of 16, and stays."""
+    import numpy as np
+
+    from edgestill.export.parity import ort_logits
+
+    checkpoint = write_model(tmp_path / "checkpoint", "llama", intermediate_size=inner)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = export_onnx(checkpoint, tmp_path / "plain")
+        fused, _ = export_fused(checkpoint, plain, tmp_path / "fused")
+    lowered = lower_graph(fused, tmp_path / "lowered", 128)
+    precision = PrecisionSpec(weights="int4", block_size=block, accuracy_level=0)  # type: ignore[arg-type]
+    shipped, report = ship_graph(lowered, tmp_path / "shipped", precision, None, tmp_path / "yardstick" / "model.onnx")
+    assert [node.shape for node in report.left_float] == [(inner, 64)] * left
+    if not left:  # the same integers as the graph for onnxruntime, whose blocks may be cut short
+        reference, _ = quantized_for_onnxruntime(fused, tmp_path / "cpu.onnx", precision)
+        ids = np.random.default_rng(0).integers(0, 300, (1, 20))
+        ours = ort_logits(tmp_path / "yardstick" / "model.onnx", lowered.facts, lowered.graph, ids)
+        np.testing.assert_allclose(ours, ort_logits(reference, fused.facts, fused.graph, ids), atol=2e-5)
+    plan = EnginePlan("tensorrt-rtx", "int4", "model.onnx", "", 128, 1, 128, 1, 64, 96)
+    built = EngineBuilder(library, lambda _: None).build(shipped.path, plan, shipped.graph, shipped.facts, "8.9")
+    assert len(built.data) > 100_000
+
+
+def quantized_for_onnxruntime(fused: Any, path: Path, precision: PrecisionSpec) -> tuple[Path, Any]:
+    """The float32 graph of the weights that a CPU bundle of this precision ships."""
+    from edgestill.export.quantize import dequantize_graph, quantize_graph
+
+    report = quantize_graph(fused.path, path, precision)
+    dequantize_graph(path, path.with_name("cpu-float.onnx"))
+    return path.with_name("cpu-float.onnx"), report
+
+
 def test_built_ahead_by_the_command_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

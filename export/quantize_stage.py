@@ -57,7 +57,7 @@ from edgestill.runtime.manifest import Graph
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import save_parity
 
-CODE = 4
+CODE = 5
 """Revision of what this stage computes; raise it when the same inputs would give another result."""
 MIXED_WINDOWS = 8
 """Calibration windows on which sensitivities are measured: each is run once per weight."""

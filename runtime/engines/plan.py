@@ -11,7 +11,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from edgestill.runtime.backends import PREFILL_CHUNK
+from edgestill.runtime.backends import PREFILL_CHUNK, chunk_tokens
 from edgestill.runtime.backends.fixed_cache import capacity_of
 from edgestill.runtime.engines.capabilities import engine_problem
 from edgestill.runtime.errors import BadInput, BundleError
@@ -41,6 +41,8 @@ class EnginePlan:
     best_batch: int
     best_prompt: int
     best_attended: int
+    kept_tokens: int = PREFILL_CHUNK
+    """Most logits of one row in one step: those of a large vocabulary would take more memory than the model."""
 
     def shapes(self, name: str, shape: tuple[int | str, ...]) -> tuple[Range, Range]:
         """(prefill, decode) ranges of the graph input `name` of the declared `shape`."""
@@ -48,7 +50,7 @@ class EnginePlan:
             PREFILL: {
                 "batch_size": (1, self.best_batch, self.max_batch),
                 "new": (1, self.best_prompt, self.prefill_tokens),
-                "kept": (1, 1, self.prefill_tokens),
+                "kept": (1, 1, self.kept_tokens),
                 "attended": (1, self.best_attended, self.capacity),
             },
             DECODE: {
@@ -95,6 +97,7 @@ def plan_of(manifest: Manifest) -> EnginePlan:
         best_batch=batch,
         best_prompt=min(prompt, prefill),
         best_attended=min(capacity, prompt + new),
+        kept_tokens=min(prefill, chunk_tokens(manifest.model.vocab_size, batch)),
     )
 
 

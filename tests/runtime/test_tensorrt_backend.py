@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import itertools
 import threading
 from pathlib import Path
 
@@ -70,11 +72,10 @@ def test_prompts_longer_than_the_engine_takes_are_run_in_parts(folder: Path) -> 
     assert longest == 128 == ours.plan.capacity
     short = TensorRTBackend.__new__(TensorRTBackend)
     short.__dict__ = dict(ours.__dict__)
-    import dataclasses
-
-    short.plan = dataclasses.replace(ours.plan, prefill_tokens=16)
     ids = np.random.default_rng(1).integers(0, 300, (1, 50))
-    for keep in (1, 3, 40, 50):
+    for keep, kept in itertools.product((1, 3, 40, 50), (16, 5)):
+        short.plan = dataclasses.replace(ours.plan, prefill_tokens=16, kept_tokens=kept)
+        short._free = {}
         got = short.step(short.new_state(1, 60), ids, keep)
         np.testing.assert_allclose(got, theirs.step(theirs.new_state(1, 60), ids, keep), atol=2e-3)
         assert got.shape == (1, keep, 320)

@@ -55,6 +55,8 @@ def test_shapes_by_hand() -> None:
     assert plan.shapes("logit_positions", ("batch_size", "kept"))[1] == ((1, 1), (3, 1), (3, 1))
     assert plan.shapes("key_positions", ("attended",)) == (((1,), (60,), (100,)),) * 2
     assert plan.shapes("past", CACHE)[0] == ((1, 2, 100, 16), (3, 2, 100, 16), (3, 2, 100, 16))
+    wide = dataclasses.replace(FACTS, vocab_size=1_000_000)  # 64 MiB hold 16 rows of 4 MB: 5 for each of three
+    assert plan_of(manifest(model=wide)).shapes("logit_positions", ("batch_size", "kept"))[0][2] == (3, 5)
     with pytest.raises(BundleError, match=r"unknown size 'odd'"):
         plan.shapes("x", ("odd",))
 

@@ -142,6 +142,8 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:  # noqa: BLE001 (the outermost boundary: what is not known here is a bug, and exits 70)
+        if _interrupted(error):
+            return 130
         code, lines = describe(error)
         if os.environ.get(DEBUG) == "1":
             traceback.print_exception(error)
@@ -149,6 +151,15 @@ def run(arguments: list[str]) -> int:
             typer.echo(f"edgestill: {line}", err=True)
         return code
     return 0
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C is behind `error`: one that lands in a C extension comes out as the extension's own error."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def describe(error: Exception) -> tuple[int, list[str]]:

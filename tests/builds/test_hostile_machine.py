@@ -194,7 +194,7 @@ def test_a_second_build_is_refused_and_an_interrupted_one_goes_on(tmp_path: Path
     finally:
         if first.poll() is None:
             first.kill()
-    assert (first.returncode, out) == (130, "")
+    assert (first.returncode, out) == (130, ""), err
     assert err.endswith("stopped; the same command goes on from here\n")
     assert "edgestill: " not in err
     assert "Traceback" not in err
@@ -205,6 +205,19 @@ def test_a_second_build_is_refused_and_an_interrupted_one_goes_on(tmp_path: Path
     record = json.loads((build.stage("train") / "stage.json").read_text())
     assert record["info"]["resumed_from_step"] >= 4
     assert not list(build.out.glob("work/*.partial"))
+
+
+def test_an_interrupt_that_a_library_wraps_is_still_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgestill.runtime import cli
+
+    def wrapped(**_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise SystemError("returned a result with an exception set") from interrupt
+
+    monkeypatch.setattr(cli, "app", wrapped)
+    assert cli.run([]) == 130
 
 
 def test_an_interrupt_that_lands_in_a_finalizer_is_not_lost() -> None:

@@ -112,10 +112,7 @@ def _quantized(
     else:
         given, weights_from = _weights(origin, precision, exports.plain, progress)
         report = quantize_graph(fused.path, shipped, precision, given=given)
-        if target.profile.portable and precision.weights in ("int4", "int8"):
-            quantize_graph(
-                exports.plain.path, folder / "portable" / "model.onnx", precision, given=given, standard=True
-            )
+        _write_portable(target, exports, given, folder)
         yardstick.parent.mkdir(exist_ok=True)
         dequantize_graph(shipped, yardstick)
     joined = join_weights(shipped)
@@ -131,11 +128,9 @@ def _engine_graph(
     """The same for an engine: standard operators, the profile's types in the graph. Its float32 form is compared with torch, and
     what ships with the float32 form of its weights, both in onnxruntime on this machine."""
     precision = target.profile.precision
-    windows = compared_windows(origin, exports.fused.facts)
-    windows = windows[:, : capacity_for(target.profile, exports.fused.facts)]
-    lowered = lower_graph(
-        exports.fused, folder / "yardstick" / "lowered", capacity_for(target.profile, exports.fused.facts)
-    )
+    capacity = capacity_for(target.profile, exports.fused.facts)
+    windows = compared_windows(origin, exports.fused.facts)[:, :capacity]
+    lowered = lower_graph(exports.fused, folder / "yardstick" / "lowered", capacity)
     rows = check_parity(origin.student, lowered, windows, "engine, float32: ")
     given, weights_from = None, "checkpoint"
     if precision.weights not in FLOATS:
@@ -146,13 +141,17 @@ def _engine_graph(
         progress.say("parity, engine: onnxruntime has no bfloat16 on a CPU; it is compared on the target")
     elif precision.weights != "float32":
         rows += check_narrow_parity(shipped, yardstick, windows)
-    if target.profile.portable:
-        source = folder / "portable" / "model.onnx"
-        if precision.weights in ("int4", "int8"):
-            quantize_graph(exports.plain.path, source, precision, given=given, standard=True)
+    _write_portable(target, exports, given, folder)
     for row in rows:
         progress.say(row.words())
     return _facts(rows, report, weights_from, ()), yardstick
+
+
+def _write_portable(target: LoadedProfile, exports: Exports, given: Given | None, folder: Path) -> None:
+    """portable/model.onnx with the same integers in standard operators; other precisions ship the float32 graph as it is."""
+    precision = target.profile.precision
+    if target.profile.portable and precision.weights in ("int4", "int8"):
+        quantize_graph(exports.plain.path, folder / "portable" / "model.onnx", precision, given=given, standard=True)
 
 
 def _facts(

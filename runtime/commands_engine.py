@@ -34,9 +34,10 @@ def engine(
     from edgestill.runtime.engines.opening import ensure_engine, is_engine, target_ahead
 
     opened = open_bundle(bundle)
-    wanted = opened.manifest.profile.get("device", {}).get("engine")
-    if not is_engine(wanted):
-        raise BadInput(f"{bundle}: engine {wanted} has nothing to build; give a bundle for tensorrt or tensorrt-rtx")
+    if not is_engine(opened.manifest.engine):
+        raise BadInput(
+            f"{bundle}: engine {opened.manifest.engine} has nothing to build; give a bundle for tensorrt or tensorrt-rtx"
+        )
     target = target_ahead(opened, compute_capability) if ahead or compute_capability is not None else None
     with writing(bundle):
         stored = ensure_engine(opened, Progress(), target=target)

@@ -199,7 +199,7 @@ def check_bundle(bundle: Path, progress: Progress | None = None, *, keep: bool =
 
 def _engine(bundle: Path, manifest: Manifest, progress: Progress | None) -> dict[str, Any]:
     """The engine that will be judged, built when it is missing; its reason where there can be none here."""
-    if not is_engine(manifest.profile.get("device", {}).get("engine")):
+    if not is_engine(manifest.engine):
         return {}
     try:
         stored = ensure_engine(open_bundle(bundle), progress)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+DEFAULT_ENGINE = "onnxruntime-cpu"
 LOCAL = "local"
 """The only folder of a bundle that may change after it is written; nothing in it is declared."""
 
@@ -103,6 +104,11 @@ class Manifest:
     """Recipe, profile, corpus hashes, package versions, seed, training summary."""
     tool_version: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def engine(self) -> str:
+        """What the profile runs the graph with."""
+        return str(self.profile.get("device", {}).get("engine", DEFAULT_ENGINE))
 
 
 def canonical_json(value: Any) -> bytes:

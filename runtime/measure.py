@@ -103,7 +103,7 @@ def measure_bundle(
     }
     speed = estimates["decode_tokens_per_s"]
     bytes_read, profile = graph_bytes(manifest), manifest.profile
-    fraction = device_bandwidth_fraction if on_gpu(profile.get("device", {}).get("engine")) else bandwidth_fraction
+    fraction = device_bandwidth_fraction if on_gpu(manifest.engine) else bandwidth_fraction
     estimates["bandwidth_fraction"] = fraction(speed, bytes_read, work.batch_size, profile)
     samples = {
         "workload": dataclasses.asdict(work),
@@ -178,7 +178,7 @@ def device_bandwidth_fraction(speed: Estimate, graph_size: int, batch_size: int,
 
 def device_estimate(found: dict[str, Any], manifest: Manifest) -> Estimate:
     """Peak device memory; a value that had to be taken of the whole card says so."""
-    if not on_gpu(manifest.profile.get("device", {}).get("engine")):
+    if not on_gpu(manifest.engine):
         return Estimate.missing("no GPU is used by this engine")
     peak = found["peak_device_mib"]
     if not peak:

@@ -58,8 +58,7 @@ def load(path: str | Path, *, verify: bool = True, threads: int | None = None) -
 
 def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
     """The engine that the bundle's profile names, with the bundle's graph in it."""
-    device = bundle.manifest.profile.get("device", {})
-    engine, wanted = device.get("engine", "onnxruntime-cpu"), device.get("threads")
+    engine, wanted = bundle.manifest.engine, bundle.manifest.profile.get("device", {}).get("threads")
     if is_engine(engine):
         return open_engine(bundle)
     if engine not in ("onnxruntime-cpu", "onnxruntime-cuda"):
@@ -86,7 +85,7 @@ def open_with(bundle: Bundle, settings: SessionSettings) -> Backend:
         threads=settings.threads,
         session_options=settings.session_options,
         prefill_chunk=settings.prefill_chunk,
-        device="cuda" if bundle.manifest.profile.get("device", {}).get("engine") == "onnxruntime-cuda" else "cpu",
+        device="cuda" if bundle.manifest.engine == "onnxruntime-cuda" else "cpu",
     )
 
 

@@ -83,8 +83,7 @@ def sweep_bundles(bundles: list[Path], grid: Grid, progress: Progress | None = N
 def label_of(bundle: Path) -> str:
     """Engine and precision of a bundle behind its name."""
     manifest = read_manifest(bundle)
-    engine = manifest.profile.get("device", {}).get("engine", "")
-    return f"{manifest.name} ({engine} {manifest.precision.weights})"
+    return f"{manifest.name} ({manifest.engine} {manifest.precision.weights})"
 
 
 def sweep_task(bundle: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def tune_bundle(path: Path, progress: Progress | None = None) -> dict[str, Any]:
         MeasurementFailed: the measuring process gave no result. OutputRefused: local/ can't be written.
     """
     bundle = open_bundle(path)
-    engine = bundle.manifest.profile.get("device", {}).get("engine")
+    engine = bundle.manifest.engine
     if engine != ENGINE:
         raise BadInput(f"{path}: threads and spinning are settings of {ENGINE}; engine {engine} has none to tune")
     work = workload_of(bundle.manifest)

@@ -203,7 +203,7 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
 
     import edgestill.runtime as runtime
 
-    gpu_engine = on_gpu(read_manifest(bundle).profile.get("device", {}).get("engine"))
+    gpu_engine = on_gpu(read_manifest(bundle).engine)
     gpu = open_gpu() if gpu_engine else None
     device = None if gpu is None else DeviceMemory(gpu)
     sampler = RssSampler(None if device is None else device.look)

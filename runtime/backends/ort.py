@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from edgestill.runtime.backends import F32, I64, PREFILL_CHUNK, new_state_limits
-from edgestill.runtime.backends.fixed_cache import FixedState
-from edgestill.runtime.backends.ort_fixed import STEP_INPUTS, OrtFixedState
+from edgestill.runtime.backends.fixed_cache import STEP_INPUTS, FixedState
+from edgestill.runtime.backends.ort_fixed import OrtFixedState
 from edgestill.runtime.backends.ort_states import KEEP, GrowingState, OrtState, SharedState, Wiring
 from edgestill.runtime.backends.pages import release_after_opening
 from edgestill.runtime.errors import BadInput, BundleError, MissingPart
@@ -70,7 +70,7 @@ class OrtBackend:
         outputs = _checked_specs(graph_path, "output", session.get_outputs(), graph.outputs)
         sides = [f"{i}.{side}" for i in range(facts.n_layers) for side in ("key", "value")]
         past, present = [f"past_key_values.{side}" for side in sides], [f"present.{side}" for side in sides]
-        beside = {"attention_mask", "position_ids", KEEP} if graph.cache != "fixed" else set(STEP_INPUTS)
+        beside = {"attention_mask", "position_ids", KEEP} if graph.cache != "fixed" else {*STEP_INPUTS, "key_positions"}
         _check_names(graph_path, "input", inputs, {"input_ids", *past}, beside)
         _check_names(graph_path, "output", outputs, {"logits", *present}, set())
         cache_dtype = _one_dtype(graph_path, [inputs[n] for n in past] + [outputs[n] for n in present])

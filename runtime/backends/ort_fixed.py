@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from edgestill.runtime.backends import F32, I64
-from edgestill.runtime.backends.fixed_cache import FixedState, capacity_of
+from edgestill.runtime.backends.fixed_cache import STEP_INPUTS, FixedState, capacity_of
 from edgestill.runtime.backends.ort_states import ONNX_TYPES, Wiring
 from edgestill.runtime.errors import PromptTooLong
 from edgestill.runtime.kv_cache import KVCache
 from edgestill.runtime.manifest import Graph
-
-STEP_INPUTS = ("input_ids", "position_ids", "write_indices", "key_positions", "logit_positions")
 
 
 class OrtFixedState(FixedState):
@@ -55,13 +53,7 @@ class OrtFixedState(FixedState):
     def advance(self, token_ids: I64, keep: int) -> F32:
         """Append `token_ids` (int64 [B, n], checked); logits of the last `keep` of them, float32 [B, keep, V]."""
         step = self.place(token_ids, keep)
-        given = {
-            "input_ids": step.input_ids,
-            "position_ids": step.position_ids,
-            "write_indices": step.write_indices,
-            "key_positions": np.arange(step.attended),
-            "logit_positions": step.logit_positions,
-        }
+        given = {name: getattr(step, name) for name in STEP_INPUTS} | {"key_positions": np.arange(step.attended)}
         for name, array in given.items():
             if name in self._wiring.inputs:
                 self._binding.bind_cpu_input(name, array)

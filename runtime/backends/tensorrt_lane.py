@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgestill.runtime.backends import F32, I64
-from edgestill.runtime.backends.fixed_cache import StepInputs
+from edgestill.runtime.backends.fixed_cache import STEP_INPUTS, StepInputs
 from edgestill.runtime.engines.cuda import Device
 from edgestill.runtime.engines.plan import DECODE, PREFILL
 from edgestill.runtime.errors import BundleError, MissingPart
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4}
 ALIGNMENT = 256
 """Bytes: what cudaMalloc aligns to, kept for each tensor of one allocation."""
-STEP_INPUTS = ("input_ids", "position_ids", "write_indices", "logit_positions")
-"""Uploaded at every step; key_positions never changes."""
 
 
 class Lane:

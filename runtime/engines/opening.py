@@ -43,7 +43,7 @@ def target_ahead(bundle: Bundle, compute_capability: str | None) -> Target:
         BadInput: the flavour builds on the target only, or no card is named.
     """
     device = bundle.manifest.profile.get("device", {})
-    flavour = FLAVOURS[str(device.get("engine"))]
+    flavour = FLAVOURS[bundle.manifest.engine]
     wanted_card = compute_capability or device.get("compute_capability")
     if not flavour.builds_without_gpu:
         raise BadInput(f"{flavour.name} builds engines on the GPU that will run them only; run this on the target")
@@ -87,7 +87,7 @@ def ensure_engine(bundle: Bundle, progress: Progress | None = None, *, target: T
 def prepare(path: Path, verify: bool, progress: Progress) -> None:
     """Build the engine of the bundle in folder `path` where it needs one and has none, with a bar."""
     bundle = open_bundle(path, verify)
-    if is_engine(bundle.manifest.profile.get("device", {}).get("engine")):
+    if is_engine(bundle.manifest.engine):
         ensure_engine(bundle, progress)
 
 

@@ -78,8 +78,7 @@ def plan_of(manifest: Manifest) -> EnginePlan:
     Raises:
         BundleError: the bundle was not made for an engine.
     """
-    device, work = manifest.profile.get("device", {}), manifest.profile.get("workload", {})
-    graph, flavour = manifest.graph, str(device.get("engine"))
+    work, graph, flavour = manifest.profile.get("workload", {}), manifest.graph, manifest.engine
     if graph.cache != "fixed":
         raise BundleError(f"{manifest.name}: its graph has a {graph.cache} cache, no engine can be built of it")
     capacity = capacity_of(graph)

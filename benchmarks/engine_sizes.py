@@ -10,11 +10,10 @@ of two, to show what the second costs.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,10 @@ from turns import software, write_json
 from edgestill.export.engine.make import lower_graph, ship_graph
 from edgestill.export.onnx_export import ExportedGraph, export_fused, export_onnx
 from edgestill.profiles.schema import PrecisionSpec
+from edgestill.runtime.engines.builder import EngineBuilder
+from edgestill.runtime.engines.flavour import open_library
+from edgestill.runtime.engines.plan import EnginePlan
+from edgestill.runtime.workload import peak_resident_mib
 
 RESULT = Path(__file__).parent / "results" / "engine_sizes.json"
 PRECISIONS = ("float16", "bfloat16", "fp8", "int8", "int4")
@@ -36,25 +39,6 @@ SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-CHILD = """
-import json, sys, time
-from pathlib import Path
-from edgestill.runtime.engines.builder import EngineBuilder
-from edgestill.runtime.engines.flavour import open_library
-from edgestill.runtime.engines.plan import EnginePlan
-from edgestill.runtime.manifest import Graph, ModelFacts, TensorSpec
-from edgestill.runtime.workload import peak_resident_mib
-ask = json.loads(sys.stdin.read())
-graph = Graph(ask["graph"]["file"], *(tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in ask["graph"][k])
-    for k in ("inputs", "outputs")), "fixed")
-class Some(EngineBuilder):
-    def profiles(self, *given):
-        return super().profiles(*given)[: ask["profiles"]]
-built = Some(open_library("tensorrt-rtx"), lambda _: None).build(
-    Path(ask["path"]), EnginePlan(**ask["plan"]), graph, ModelFacts(**ask["facts"]), ask["card"])
-print(json.dumps({"mib": len(built.data) / 2**20, "seconds": built.parse_seconds + built.build_seconds,
-    "peak_rss_mib": peak_resident_mib()}))
-"""
 
 
 def random_checkpoint(folder: Path) -> Path:
@@ -67,27 +51,30 @@ def random_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def built(shipped: ExportedGraph, weights: str, card: str, profiles: int) -> dict[str, float]:
-    """Size, seconds and peak memory of one engine."""
-    import dataclasses
+def build_here(shipped: ExportedGraph, weights: str, card: str, profiles: int) -> dict[str, float]:
+    """Size, seconds and peak memory of one engine with the first of the profiles, or both."""
 
-    from edgestill.runtime.engines.plan import EnginePlan
+    class Some(EngineBuilder):
+        def profiles(self, *given: Any) -> list[Any]:
+            return super().profiles(*given)[:profiles]
 
     longest = shipped.facts.max_tokens
-    plan = EnginePlan("tensorrt-rtx", weights, "model.onnx", "", longest, 1, 128, 1, 128, 192)
-    ask = {
-        "path": str(shipped.path),
-        "plan": dataclasses.asdict(plan),
-        "graph": dataclasses.asdict(shipped.graph),
-        "facts": dataclasses.asdict(shipped.facts),
-        "card": card,
-        "profiles": profiles,
+    prompt, attended = min(128, longest), min(192, longest)
+    plan = EnginePlan("tensorrt-rtx", weights, "model.onnx", "", longest, 1, prompt, 1, prompt, attended)
+    builder = Some(open_library("tensorrt-rtx"), lambda _: None)
+    made = builder.build(shipped.path, plan, shipped.graph, shipped.facts, card)
+    found = {
+        "mib": len(made.data) / 2**20,
+        "seconds": made.parse_seconds + made.build_seconds,
+        "peak_rss_mib": peak_resident_mib() or 0.0,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], input=json.dumps(ask), capture_output=True, text=True, check=True
-    )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return {name: round(value, 2) for name, value in found.items()}
+
+
+def built(*asked: Any) -> dict[str, float]:
+    """The same in a process of its own, whose peak is the build's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(build_here, *asked).result()
 
 
 def measure(checkpoint: Path, work: Path, card: str) -> list[dict[str, Any]]:

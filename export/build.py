@@ -23,7 +23,7 @@ from edgestill.compress.teacher_files import count_parameters
 from edgestill.export.bundle_writer import tokenizer_files
 from edgestill.export.model_facts import load_config, size_of_config
 from edgestill.export.origin import Origin
-from edgestill.export.plan import load_all, plan
+from edgestill.export.plan import load_all, plan, require_builder
 from edgestill.export.ship import ship
 from edgestill.profiles.arithmetic import refuse_impossible
 from edgestill.profiles.load import load_limits, load_profile, load_recipe
@@ -91,6 +91,7 @@ def export_checkpoint(
         BadInput: no usable checkpoint, text or limits.
     """
     target = load_profile(profile)
+    require_builder(target.profile)
     refuse_impossible(size_of_config(load_config(checkpoint)), target.profile, target.name)
     wanted = load_limits(limits) if limits is not None else {}
     if wanted and held_out is None:

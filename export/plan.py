@@ -11,7 +11,8 @@ from edgestill.compress.teachers import fit_together
 from edgestill.export.model_facts import size_of_config
 from edgestill.profiles.arithmetic import ModelSize, predict, refuse_impossible
 from edgestill.profiles.load import LoadedProfile, LoadedRecipe, load_profile, load_recipe
-from edgestill.profiles.schema import Recipe
+from edgestill.profiles.schema import Profile, Recipe
+from edgestill.runtime.engines.flavour import open_library
 from edgestill.runtime.errors import BadInput
 
 
@@ -44,10 +45,22 @@ def load_all(recipe: str, profiles: list[str]) -> Plan:
 def _targets(profiles: list[str]) -> list[LoadedProfile]:
     targets = [load_profile(name) for name in dict.fromkeys(profiles)]
     names = [target.name for target in targets]
+    for target in targets:
+        require_builder(target.profile)
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise BadInput(f"two profiles are called {twice}, and each names the folder of its bundle; rename one file")
     return targets
+
+
+def require_builder(profile: Profile) -> None:
+    """Raise where an engine is to be shipped and what builds it is not installed.
+
+    Raises:
+        MissingPart: with the line that installs it.
+    """
+    if profile.ship_engine:
+        open_library(profile.device.engine)
 
 
 def plan(recipe: str, profiles: list[str]) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from edgestill.runtime.cli import run
 from edgestill.runtime.engines.builder import EngineBuilder
 from edgestill.runtime.engines.flavour import Library, open_library
 from edgestill.runtime.engines.plan import DECODE, PREFILL, EnginePlan, check_network, plan_of
-from edgestill.runtime.errors import BadInput, BundleError
+from edgestill.runtime.errors import BadInput, BundleError, MissingPart
 from edgestill.runtime.progress import QuietProgress
 
 pytest.importorskip("tensorrt_rtx", reason="needs pip install 'edgestill[rtx]'")
@@ -187,6 +188,16 @@ def test_a_bundle_ships_its_engine_when_asked(tmp_path: Path, monkeypatch: pytes
 
     found = find_engine(open_bundle(folder), open_library("tensorrt-rtx").version, Target("8.9", "13.0"))
     assert found is not None and found.data == (folder / name).read_bytes()
+
+
+def test_an_engine_to_ship_is_refused_before_any_work_where_nothing_builds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = write_profile(tmp_path / "card.yaml", more="ship_engine: true\n")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingPart, match=r"tensorrt-rtx is not installed here; pip install 'edgestill\[rtx\]'"):
+        export_checkpoint(tmp_path / "nowhere", str(profile), tmp_path / "out", None, None, QuietProgress())
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_tensorrt_refuses_is_one_line(library: Library, tmp_path: Path) -> None:

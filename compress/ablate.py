@@ -8,7 +8,8 @@
 
 A row's JSON is written when it finishes, and a row whose student and windows are unchanged is not run again. All choices are
 made on validation text. `held_out` judges the finished students on held-out text, once, at the end; without it nothing is judged
-on that text.
+on that text. `seal` judges each student on it when it is trained and keeps the result unread until `held_out`, so that a study can
+go on where the students no longer are: on another machine, from its JSON files.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Shared:
     corpus_key: str
     part: PartName
     part_sha256: str
+    sealed_sha256: str | None
+    """Identity of the held-out windows, when students are judged on them unseen."""
     given: dict[str, Inputs]
     """By row."""
     calibrations: dict[str, tuple[float, ...]]
@@ -91,6 +94,7 @@ def ablate(
     only: Sequence[str],
     jobs: int,
     held_out: bool,
+    seal: bool = False,
     progress: Progress,
 ) -> Result:
     """`edgestill ablate`: run what is missing, write the tables, and hand back what they hold, `failures` included.
@@ -112,7 +116,8 @@ def ablate(
             raise BadInput(f"data: a domain is called {MIXED!r}, as the table calls all of them; rename it")
         part: PartName = "held_out" if held_out else "validation"
         judged = identity(corpus.held_out if held_out else corpus.validation)
-        shared = Shared(space, corpus, stage.key, part, judged, given, {}, {})
+        sealed = identity(corpus.held_out) if seal and not held_out else None
+        shared = Shared(space, corpus, stage.key, part, judged, sealed, given, {}, {})
         _calibrate(shared, chosen.rows)
         first = loaded.recipe.train.seed
         results, failures = _students(shared, chosen.rows, range(first, first + seeds), jobs)
@@ -222,6 +227,7 @@ def _run_of(shared: Shared, row: Row, seed: int) -> Run:
         caches=None,
         part=shared.part,
         part_sha256=shared.part_sha256,
+        sealed_sha256=shared.sealed_sha256,
     )
     return run.with_caches(Workspace(shared.space.root, QuietProgress(), asking=True))
 

@@ -1,7 +1,7 @@
 """One row and one seed: what its student depends on, its training in a worker, and the JSON that is kept of it.
 
 ablate/<row>-<seed>.json             judged on validation text
-ablate/held-out/<row>-<seed>.json    the same student on held-out text
+ablate/held-out/<row>-<seed>.json    the same student on held-out text; with --seal written as soon as it is trained, unread
 ablate/targets/<key>.json            a fused target on one of them; shared by all rows and seeds that fuse alike
 """
 
@@ -61,6 +61,8 @@ class Run:
     """Of its teachers' answers; None: they run during training, or are not heard."""
     part: PartName
     part_sha256: str
+    sealed_sha256: str | None = None
+    """Identity of the held-out windows when its student is judged on them too, unseen, as soon as it is trained."""
 
     @property
     def seed(self) -> int:
@@ -138,6 +140,12 @@ class Run:
             aligned_of(at, made_of(at))
         return run
 
+    def unsealed(self) -> Run | None:
+        """The run that judges the same student on held-out text, where that was asked for in advance."""
+        if self.sealed_sha256 is None:
+            return None
+        return dataclasses.replace(self, part="held_out", part_sha256=self.sealed_sha256, sealed_sha256=None)
+
     def train(self, at: Setting) -> Stage:
         """Its student, trained or found."""
         return student_of(at, *self._answers())
@@ -156,9 +164,18 @@ def finished(run: Run, student_key: str) -> dict[str, Any] | None:
 
 
 def train_and_judge(run: Run, progress: Progress) -> dict[str, Any]:
-    """Train (or find) the student of a run, judge it, write its JSON and hand that back. Runs in a worker."""
+    """Train (or find) the student of a run, judge it, write its JSON and hand that back. Runs in a worker.
+
+    A sealed run leaves its held-out JSON first, so that a kept result never lacks it.
+    """
     at = run.setting(Workspace(run.root, progress, brief=True))
     stage = run.train(at)
+    if (sealed := run.unsealed()) is not None and finished(sealed, stage.key) is None:
+        _judge(sealed, stage, at, progress)
+    return _judge(run, stage, at, progress)
+
+
+def _judge(run: Run, stage: Stage, at: Setting, progress: Progress) -> dict[str, Any]:
     part = part_of(at, run.part)
     with progress.task("judging", part.n_windows, "windows") as task:
         nll = judge_student(stage.folder / "student", part, at.device, task)

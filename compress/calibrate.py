@@ -41,6 +41,8 @@ SOFTER = (64.0, 16.0, 4.0, 1.0)
 """Temperatures of the fit over that of the rule, one after the other: where weights are sharp and wrong, nothing slopes."""
 GRID = tuple(math.exp(x) for x in np.linspace(math.log(0.5), math.log(3.0), 10))
 MAX_WINDOWS = 128
+TEMPERATURE_DIGITS, OFFSET_DIGITS = 3, 5
+"""Finer digits say nothing, and differ between processors: stages are keyed by these numbers, and their results travel."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def calibrate(
         task.advance(len(ids))
     nll = (sums / max(count, 1)).numpy()
     temperature, best = _minimum(np.log(np.array(GRID)), nll[:-1])
-    found = Calibration(temperature, float(math.exp(nll[-1])), float(math.exp(best)), count)
+    found = Calibration(round(temperature, TEMPERATURE_DIGITS), float(math.exp(nll[-1])), float(math.exp(best)), count)
     shape = (1, len(windows), -1)
     return found, CalibrationAnswers(torch.cat(entropies).view(shape), torch.cat(answers).view(shape))
 
@@ -135,7 +137,7 @@ def fit_offsets(
     offsets = torch.zeros(len(pooled), 1, dtype=torch.float64)
     for softer in SOFTER:
         offsets = _descend(offsets, pooled, answer, rule, rule.tau * softer)
-    return tuple(round(float(o), 6) for o in offsets)
+    return tuple(round(float(o), OFFSET_DIGITS) for o in offsets)
 
 
 def _descend(offsets: Tensor, pooled: Tensor, answer: Tensor, rule: WeightRule, tau: float) -> Tensor:

@@ -33,6 +33,10 @@ def ablate(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Judge the finished students on held-out text: once, at the end.")
     ] = False,
+    seal: Annotated[
+        bool,
+        typer.Option("--seal", help="Judge students on held-out text when trained; unread until --held-out."),
+    ] = False,
 ) -> None:
     """Train the recipe beside its baselines and without each of its parts, on the same tokens, and compare.
 
@@ -58,6 +62,7 @@ def ablate(
                 only=only or [],
                 jobs=jobs,
                 held_out=held_out,
+                seal=seal,
                 progress=progress,
             )
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,24 @@ def test_held_out_text_is_judged_on_request_by_the_same_students(place: Path, ta
         assert ours["perplexity"] != validation["perplexity"]
     with pytest.raises(BadInput, match=r"finished students, and 4 are not \(default #2\); run without it first"):
         run(place / "recipe.yaml", place / "out", rows=place / "rows.yaml", held_out=True, seeds=3)
+
+
+def test_sealed_results_are_those_of_held_out_and_need_no_student(place: Path, tmp_path: Path) -> None:
+    """A study goes on from its JSON files alone: neither students nor the teachers' answers travel."""
+    sealed = run(place / "recipe.yaml", tmp_path / "out", rows=place / "rows.yaml", seeds=1, seal=True)
+    assert sealed["part"] == "validation"
+    here = tmp_path / "out/ablate"
+    assert len(files(here / "held-out")) == 4
+    assert not (here / "held-out/table.md").exists()  # nobody has read them
+    for path in [*(tmp_path / "out/work").glob("train-*"), *(tmp_path / "out/work").glob("cache-*")]:
+        shutil.rmtree(path)
+    before = files(here) | files(here / "held-out")
+    assert run(place / "recipe.yaml", tmp_path / "out", rows=place / "rows.yaml", seeds=1)["rows"] == sealed["rows"]
+    opened = run(place / "recipe.yaml", tmp_path / "out", rows=place / "rows.yaml", seeds=1, held_out=True)
+    assert files(here) | files(here / "held-out") == before
+    assert not list((tmp_path / "out/work").glob("train-*"))
+    asked = run(place / "recipe.yaml", place / "out", rows=place / "rows.yaml", seeds=1, held_out=True)
+    assert [row["perplexity"] for row in asked["rows"]] == [row["perplexity"] for row in opened["rows"]]
 
 
 def test_a_row_that_fails_does_not_lose_the_others_and_tokens_are_everyones(place: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from edgestill.export.input_moments import window_feeds
 from edgestill.export.model_facts import facts_of_checkpoint
 from edgestill.export.onnx_export import ExportedGraph, Exports, describe_graph, export_fused, export_onnx
 from edgestill.export.post_training import matrices, quantize_weights
-from edgestill.export.quantize import digest_of, given_by_values, graph_bytes, quantize_graph
+from edgestill.export.quantize import digest_of, ByValues, graph_bytes, quantize_graph
 from edgestill.export.rewrite.rules import join_weights
 from edgestill.export.trained import trained_weights
 from edgestill.profiles.schema import PrecisionSpec
@@ -99,7 +99,7 @@ class Study:
             ids = self.corpus.training.token_ids[picked].astype(np.int64)
             feeds = list(window_feeds(plain.graph, ids))
             blocks, found = quantize_weights(plain.path, precision, precision.method, feeds), matrices(plain.path)
-            given = given_by_values({digest_of(found[name]): block for name, block in blocks.items()})
+            given = ByValues({digest_of(found[name]): block for name, block in blocks.items()})
         quantize_graph(fused.path, path, precision, given=given)
         join_weights(path)
         return path, fused

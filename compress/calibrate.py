@@ -87,7 +87,7 @@ def calibration_windows(validation: Part) -> npt.NDArray[np.int64]:
 def calibrate(
     teacher: Teacher, validation: Part, windows: npt.NDArray[np.int64], *, batch_size: int, task: Task
 ) -> tuple[Calibration, CalibrationAnswers]:
-    """Fit one temperature on these windows (int64 [w]); `task` is advanced by one per window.
+    """Fit one temperature on the tokens of these windows (int64 [w]) that count; `task` is advanced by one per window.
 
     Returns:
         The fit, and the evidence of this one teacher on these windows.
@@ -97,7 +97,12 @@ def calibrate(
     entropies, answers = [], []
     step = max(1, CPU_CHUNK_BYTES // (8 * teacher.head_weight.shape[0]))
     for start in range(0, len(windows), batch_size):
-        ids = torch.from_numpy(validation.token_ids[windows[start : start + batch_size]].astype(np.int64)).to(device)
+        chosen = windows[start : start + batch_size]
+        ids = torch.from_numpy(validation.token_ids[chosen].astype(np.int64)).to(device)
+        counted = torch.ones_like(ids[:, 1:], dtype=torch.float32)
+        if validation.loss_mask is not None:
+            counted = torch.from_numpy(validation.loss_mask[chosen][:, 1:].astype(np.float32)).to(device)
+        counted = counted.flatten()
         hidden = teacher.hidden(ids)[0][:, :-1].flatten(0, 1)
         labels = ids[:, 1:].flatten()
         for first in range(0, labels.numel(), step):
@@ -105,11 +110,11 @@ def calibrate(
             logits = teacher.logits(hidden[rows])
             picked = logits.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
             for i, t in enumerate([*GRID, 1.0]):
-                sums[i] += (torch.logsumexp(logits / t, -1) - picked / t).sum().cpu().double()
+                sums[i] += ((torch.logsumexp(logits / t, -1) - picked / t) * counted[rows]).sum().cpu().double()
             log_p = torch.log_softmax(logits, -1)
             entropies.append(-row_dot(log_p.exp(), log_p).cpu())
             answers.append((picked - logits.logsumexp(-1)).cpu())
-        count += labels.numel()
+        count += int(counted.sum())
         task.advance(len(ids))
     nll = (sums / max(count, 1)).numpy()
     temperature, best = _minimum(np.log(np.array(GRID)), nll[:-1])

@@ -111,6 +111,8 @@ class DistillModule(nn.Module):
             self.quantization.at_step(step)
         if self.taid is not None:
             self.taid.finish(step, steps)
+        if self.policy is not None:
+            self.policy.finish()
         for balance in (self.feature_balance, self.attention_balance):
             if balance is not None:
                 balance.finish()
@@ -147,7 +149,7 @@ class DistillModule(nn.Module):
         weights = self._sequence_weights(lesson.target, rows)
         mask = nn.functional.pad(rows.valid, (0, 1))  # the last position predicts nothing
         count, total = sum(rows.lengths), values.divergence.new_zeros(())
-        main = (values.divergence if self.output.weight > 0 else values.cross_entropy).sum() / max(count, 1)
+        main = self._main(values).sum() / max(count, 1)
         if self.features is not None and self.feature_balance is not None:
             found = self.features(ours, lesson.features, weights, mask)
             self.meter.add("features", found * count)
@@ -157,6 +159,12 @@ class DistillModule(nn.Module):
             self.meter.add("attention", found * count)
             total = total + self.attention_balance(main, found, count) * found
         return total
+
+    def _main(self, values: OutputValues) -> Tensor:
+        """Per row [n], what auxiliary losses are a share of: the output loss as it is minimised, else the cross-entropy."""
+        if self.output.weight == 0:
+            return values.cross_entropy
+        return values.divergence * (self.output.weight * self.output.temperature**2)
 
     def _note(self, rows: Rows, values: OutputValues, lesson: Lesson | None, own: bool) -> None:
         """What the log, TAID and the policy take of a batch."""

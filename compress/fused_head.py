@@ -33,8 +33,11 @@ from edgestill.compress.scratch import Scratch, product
 from edgestill.compress.targets import Buckets, Dense, Target, softmax_facts
 from edgestill.profiles.schema import OutputLossSpec, RankingLossSpec
 
-BUFFERS, BUFFERS_DENSE = 3, 7
-"""[rows, V] float32 tensors alive at the peak of one chunk, without and with a target over the whole vocabulary."""
+BUFFERS = 3
+"""[rows, V] float32 tensors alive at the peak of one chunk, without a target over the whole vocabulary."""
+BUFFERS_DENSE = {"forward_kl": 7, "adaptive_kl": 12}
+"""With one, by divergence; the others need OTHER_DENSE, and all of them two more at another temperature than 1."""
+OTHER_DENSE = 8
 DEFAULT_CHUNK_BYTES = OutputLossSpec().chunk_mib << 20
 CPU_CHUNK_BYTES = 32 << 20
 """On a CPU the passes over a chunk are faster while it lies in the last-level cache."""
@@ -69,9 +72,16 @@ class OutputValues:
     to_interpolated: Tensor
 
 
-def row_ranges(rows: Rows, target: Target | None, vocabulary: int, chunk_bytes: int) -> list[slice]:
-    """How the rows are cut: within `chunk_bytes`, and on a CPU within its cache."""
-    a_row = 4 * vocabulary * (BUFFERS_DENSE if target is not None and target.dense else BUFFERS)
+def buffers_of(spec: OutputLoss) -> int:
+    """[rows, V] float32 tensors alive at the peak of one chunk under a target over the whole vocabulary."""
+    return BUFFERS_DENSE.get(spec.divergence, OTHER_DENSE) + (2 if spec.temperature != 1 else 0)
+
+
+def row_ranges(
+    rows: Rows, target: Target | None, vocabulary: int, chunk_bytes: int, buffers: int = BUFFERS_DENSE["forward_kl"]
+) -> list[slice]:
+    """How the rows are cut: within `chunk_bytes` (`buffers` of them under a dense target), and on a CPU within its cache."""
+    a_row = 4 * vocabulary * (buffers if target is not None and target.dense else BUFFERS)
     most = max(1, chunk_bytes // a_row)
     near = most
     if rows.labels.device.type == "cpu":
@@ -129,7 +139,7 @@ class _FusedHead(torch.autograd.Function):
         grad_head = torch.zeros_like(head, dtype=precise) if head.requires_grad else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and bias.requires_grad else None
         values = torch.zeros(4, hidden.shape[0], dtype=precise, device=hidden.device)
-        parts = row_ranges(rows, target, head.shape[0], spec.chunk_bytes)
+        parts = row_ranges(rows, target, head.shape[0], spec.chunk_bytes, buffers_of(spec))
         scratch = Scratch(max((part.stop - part.start for part in parts), default=0), hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in parts:

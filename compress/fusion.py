@@ -32,6 +32,7 @@ from torch import Tensor
 
 from edgestill.compress.divergence import LOG_TINY, row_dot
 from edgestill.compress.reinforced import NOT_SELECTED, SelectionPolicy
+from edgestill.compress.rows import consecutive
 from edgestill.compress.scratch import Scratch
 from edgestill.profiles.schema import FusionSpec
 
@@ -157,10 +158,10 @@ class WeightRule:
 
 def pool(values: Tensor, sequence: Tensor) -> Tensor:
     """Mean of `values` [rows] over the rows of the same sequence, handed back to each row."""
-    first = sequence - sequence[:1] if sequence.numel() else sequence
-    sums = torch.zeros_like(values).index_add_(0, first, values)
-    counts = torch.zeros_like(values).index_add_(0, first, torch.ones_like(values))
-    return (sums / counts.clamp_min(1))[first]
+    place = consecutive(sequence)
+    sums = torch.zeros_like(values).index_add_(0, place, values)
+    counts = torch.zeros_like(values).index_add_(0, place, torch.ones_like(values))
+    return (sums / counts.clamp_min(1))[place]
 
 
 def moving_average(values: Tensor, sequence: Tensor, decay: float) -> Tensor:

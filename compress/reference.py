@@ -7,6 +7,7 @@ few KiB per token) and its head, never its logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +73,17 @@ def make_reference(
             _remember(_hidden_of(teacher), teacher.head_weight, teacher.head_bias, calibration, batches, task)
         )
     ids = torch.from_numpy(token_ids.astype(np.int64)).to(device)
-    rows = Rows.of(ids, torch.from_numpy(part.domain[windows].astype(np.int64)).to(device))
-    arrays = _answers(rows, ours, theirs, rule, spec.top_k)
+    domain = torch.from_numpy(part.domain[windows].astype(np.int64)).to(device)
+    asked = torch.nn.functional.pad(torch.from_numpy(scored).to(device).bool(), (1, 0))
+    # weights pool over what counts, as in training; what does not count has answers too, so that rows and tokens correspond
+    halves = [Rows.of(ids.masked_fill(~chosen, IGNORE), domain) for chosen in (asked, ~asked)]
+    arrays = _joined(
+        [
+            (rows, _answers(rows, _at(ours, rows), [_at(t, rows) for t in theirs], rule, spec.top_k))
+            for rows in halves
+            if rows.labels.numel()
+        ]
+    )
     fused = None
     if theirs:
         names_of_fused = ("ids", "logp", "tail", "entropy", "label")
@@ -115,6 +125,21 @@ def _remember(
     return TeacherRows(
         torch.cat(rows), head.detach().float(), None if bias is None else bias.detach().float(), calibration
     )
+
+
+def _at(model: TeacherRows, rows: Rows) -> TeacherRows:
+    """The same at these positions only."""
+    return replace(model, hidden=model.hidden[rows.positions])
+
+
+def _joined(parts: Sequence[tuple[Rows, dict[str, npt.NDArray[Any]]]]) -> dict[str, npt.NDArray[Any]]:
+    """The answers of several rows, each in its position."""
+    order = np.argsort(np.concatenate([rows.positions.cpu().numpy() for rows, _ in parts]), kind="stable")
+    names = parts[0][1]
+    return {
+        name: np.concatenate([found[name] for _, found in parts], axis=axis).take(order, axis=axis)
+        for name, axis in ((name, -1 if name == "teachers" else 0) for name in names)
+    }
 
 
 def _answers(

@@ -6,11 +6,11 @@ The strongest teacher is not the best one for every text, nor for every moment o
     choice    a_kb ~ Bernoulli(pi_kb),  pi_kb = sigmoid(w_k . s_kb)                   w = 0 at first, so pi = 1/2
     target    the equal mix of the selected teachers; of all of them when none is selected
     reward    r_b   = -(cross-entropy + divergence) of the student on that sequence
-    baseline  m     = moving average of the mean reward before this batch (the batch's own mean for the first)
+    baseline  m     = moving average of the mean reward before this step (the step's own mean for the first)
     update    w_k  += learning_rate * mean_b (r_b - m) (a_kb - pi_kb) s_kb            REINFORCE; (a - pi) s = d log pi(a) / dw
 
-While it learns, a batch is `begin`, then `choose` for every teacher and chunk of whole sequences, then `reward`. In evaluation
-mode `choose` alone is enough. Everything stays on the device. What is learnt lies in buffers, so it is in every checkpoint;
+While it learns, a batch is `begin`, then `choose` for every teacher and chunk of whole sequences, then `reward`; after all batches
+of an optimizer step comes `finish`, which learns from them together. In evaluation mode `choose` alone is enough. Everything stays on the device. What is learnt lies in buffers, so it is in every checkpoint;
 draws come from the default generator, whose state is too. With torch.distributed every process draws for the whole batch and
 takes its share, and the sums of the update are all-reduced, so that all processes keep one policy, which is the policy of one
 process with all the sequences.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from edgestill.compress.processes import summed, world
+from edgestill.compress.rows import consecutive
 from edgestill.profiles.fusion_words import ReinforcedSpec
 
 SELECTED, NOT_SELECTED = 0.0, -30.0
@@ -67,6 +68,8 @@ class SelectionPolicy(nn.Module):
         self.register_buffer("weight", torch.zeros(teachers, FEATURES))
         self.register_buffer("reward_average", torch.zeros(()))
         self.register_buffer("updates", torch.zeros(()))
+        self.register_buffer("sums", torch.zeros(2 * teachers * FEATURES + 2), persistent=False)
+        self.sums: Tensor
         self._batch: _Batch | None = None
 
     @torch.no_grad()
@@ -93,7 +96,7 @@ class SelectionPolicy(nn.Module):
             entropy: float32 [rows], nats.
             label_log_p: float32 [rows], its log-probability of the true token; clamped to LEAST_LOG_P.
             sequence: int64 [rows], ascending, which sequence a row belongs to: its position in the batch while learning, any
-                numbers without a gap otherwise. A chunk holds all rows of its sequences.
+                ascending numbers otherwise. A chunk holds all rows of its sequences.
 
         Returns:
             float32 [rows].
@@ -102,7 +105,7 @@ class SelectionPolicy(nn.Module):
             RuntimeError: `begin` was not called for a batch to learn from.
         """
         if not self.training:
-            sequence = sequence - sequence[:1]
+            sequence = consecutive(sequence)
             state, _ = self._state(entropy, label_log_p, sequence, sequence.numel())
             return _log_weight(self._probability(teacher, state) >= 0.5, entropy)[sequence]
         batch = self._started()
@@ -129,9 +132,7 @@ class SelectionPolicy(nn.Module):
 
     @torch.no_grad()
     def reward(self, rewards: Tensor) -> None:
-        """Learn from the batch, and forget it. Nothing in evaluation mode.
-
-        Every process must call this as often as the others.
+        """Keep what the batch has to teach, and forget it. Nothing in evaluation mode.
 
         Args:
             rewards: float32 [B], per sequence; not read where a sequence had no row.
@@ -143,21 +144,26 @@ class SelectionPolicy(nn.Module):
             return
         batch, self._batch = self._started(), None
         valid = batch.valid
-        known = self.updates > 0
-        baseline = self.baseline()
-        advantage = torch.where(valid, rewards.to(self.weight.dtype) - baseline, 0.0)
+        advantage = torch.where(valid, rewards.to(self.weight.dtype) - self.baseline(), 0.0)
         gradients = batch.surprise.unsqueeze(-1) * batch.state  # d log pi / dw, [K, B, 3]
         parts = ((gradients * advantage[:, None]).sum(1), gradients.sum(1), advantage.sum(), valid.sum())
-        sums = summed(torch.cat([part.reshape(-1).to(self.weight.dtype) for part in parts]))
+        self.sums += torch.cat([part.reshape(-1).to(self.weight.dtype) for part in parts])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Learn once from the batches of an optimizer step. Every process must call this as often as the others."""
+        sums, baseline = summed(self.sums), self.baseline()
+        known = self.updates > 0
         by_advantage, plain = (part.view_as(self.weight) for part in sums[:-2].chunk(2))
         count = sums[-1]
-        mean = sums[-2] / count.clamp_min(1)  # of the batch, above the baseline
+        mean = sums[-2] / count.clamp_min(1)  # of the step, above the baseline
         gradient = by_advantage - torch.where(known, 0.0, mean) * plain
         self.weight.add_(gradient / count.clamp_min(1), alpha=self.spec.learning_rate)
         decay = self.spec.baseline_decay
         seen = (count > 0).to(mean.dtype)
         self.reward_average.lerp_(baseline + mean, seen * (1 - decay))
         self.updates.add_(seen)
+        self.sums.zero_()
 
     def baseline(self) -> Tensor:
         """The moving average of the mean reward, scalar; 0 before the first update."""

@@ -89,6 +89,13 @@ class Rows:
         return self.valid.sum(1).clamp_min(1).to(dtype)
 
 
+def consecutive(sequence: Tensor) -> Tensor:
+    """int64 [n], ascending with any gaps -> the same sequences as 0, 1, 2, ..."""
+    if sequence.numel() == 0:
+        return sequence
+    return torch.nn.functional.pad((sequence[1:] != sequence[:-1]).long().cumsum(0), (1, 0))
+
+
 def full_rows(token_ids: Tensor) -> Rows:
     """Every position of token_ids int64 [B, T] counts; one domain."""
     labels = token_ids.clone()

@@ -69,22 +69,28 @@ def sensitivities(
 
 
 def in_eight_bits(
-    felt: Mapping[str, float], shapes: Mapping[str, tuple[int, int]], block_size: int, budget_mib: float
+    felt: Mapping[str, float],
+    shapes: Mapping[str, tuple[int, int]],
+    block_size: int,
+    budget_mib: float,
+    beside: Sequence[tuple[int, int]] = (),
 ) -> list[str]:
     """The weights that get 8 bits, most felt per byte first, so that all weights together take at most `budget_mib`.
 
     Args:
         felt: name -> sensitivity.
         shapes: name -> (K, N).
+        beside: (K, N) of weights that stay in 4 bits whatever is felt: an embedding that is not the head's.
 
     Raises:
         BadInput: the budget is below what all of them take in 4 bits.
     """
     small, large = ({n: stored_bytes(s, bits, block_size) for n, s in shapes.items()} for bits in (4, 8))
-    left = budget_mib * MIB - sum(small.values())
+    least = sum(small.values()) + sum(stored_bytes(shape, 4, block_size) for shape in beside)
+    left = budget_mib * MIB - least
     if left < 0:
         raise BadInput(
-            f"precision.graph_mib {budget_mib:g}: int4 alone takes {sum(small.values()) / MIB:.3f} MiB; raise it to that at least"
+            f"precision.graph_mib {budget_mib:g}: int4 alone takes {least / MIB:.3f} MiB; raise it to that at least"
         )
     chosen = []
     for name in sorted(felt, key=lambda n: felt[n] / (large[n] - small[n]), reverse=True):

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from edgestill.export.blockwise import F32, U8, BlockWeight, codes_of, quantize_int4
 from edgestill.export.graph_io import load_graph
 from edgestill.export.input_moments import F64, MOMENT_BYTES, Feeds, input_moments, linear_layers, moment_groups
-from edgestill.export.linear_layers import Linear
+from edgestill.export.linear_layers import Linear, Table, find_weights
 from edgestill.export.nodes import constant_array
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
@@ -83,6 +83,15 @@ def matrices(graph_path: Path) -> dict[str, F32]:
 def matrix_names(graph_path: Path) -> tuple[str, ...]:
     """The keys of `quantize_weights`, in graph order."""
     return tuple(linear_layers(load_graph(graph_path).graph))
+
+
+def untied_tables(graph_path: Path) -> list[tuple[int, int]]:
+    """(hidden, rows) of every embedding that is no linear layer's weight too."""
+    graph = load_graph(graph_path).graph
+    products = linear_layers(graph)
+    tables = {str(w.weight.name): w for w in find_weights(graph) if isinstance(w, Table)}
+    shapes = [constant_array(w.weight).shape for name, w in tables.items() if name not in products]
+    return [(hidden, rows) for rows, hidden in shapes]
 
 
 def gptq(weight: F32, moment: F64, block_size: int, symmetric: bool, damping: float = 0.01) -> BlockWeight:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,8 @@ def quantize_graph(
     """
     _require_known(precision, standard)
     model = load_graph(source)
+    if isinstance(given, ByValues):
+        given.found.clear()
     store = _Store(model.graph, precision, given, standard, float_rows)
     quantized: list[QuantizedNode] = []
     left_float: list[FloatNode] = []
@@ -123,6 +125,9 @@ def quantize_graph(
             shape = (form.outputs, form.inputs)
             substitute(node, *form.lookup(input_of(node, 1), str(node.name)))
         quantized.append(QuantizedNode(str(node.name), node.op_type, shape, form.bits, quality))
+    store.write_float_values()
+    if isinstance(given, ByValues):
+        given.check(source)
     if standard:
         _convert(model)
     _finish(model, target)
@@ -159,10 +164,34 @@ def dequantize_graph(source: Path, target: Path) -> None:
     _finish(model, target)
 
 
-def given_by_values(weights: Mapping[bytes, Quantized], otherwise: str | None = None) -> Given:
-    """Integers of weights known by their `digest_of`, for any graph of the model, whatever it calls them; the others are rounded to
-    nearest, or left float32 for the reason `otherwise`."""
-    return lambda _, matrix: weights.get(digest_of(matrix), otherwise)
+@dataclass(frozen=True)
+class ByValues:
+    """A `Given`: integers of weights known by their `digest_of`, for any graph of the model, whatever it calls them."""
+
+    weights: Mapping[bytes, Quantized]
+    otherwise: str | None = None
+    """Why all others stay float32; None: they are rounded to nearest."""
+    every: bool = False
+    """Whether each of `weights` must be in the graph."""
+    found: set[bytes] = field(default_factory=set)
+
+    def __call__(self, _: str, matrix: F32) -> Quantized | str | None:
+        key = digest_of(matrix)
+        self.found.add(key)
+        return self.weights.get(key, self.otherwise)
+
+    def check(self, graph: Path) -> None:
+        """Refuse a graph in which weights changed on their way: their integers would be left out.
+
+        Raises:
+            BadInput: not all were found that must be.
+        """
+        lost = len(self.weights.keys() - self.found) if self.every else 0
+        if lost:
+            raise BadInput(
+                f"{graph}: {lost} of {len(self.weights)} weights that were trained on a grid are not in this graph by their values; "
+                "export the checkpoint that training left"
+            )
 
 
 def digest_of(matrix: F32) -> bytes:
@@ -185,6 +214,7 @@ class _Store:
         self._graph, self._precision = graph, precision
         self._given, self._standard, self._float_rows = given, standard, float_rows
         self._known: dict[tuple[str, bool], tuple[Form, float | None] | str] = {}
+        self._float_values: dict[str, tuple[ir.Value, F32]] = {}
 
     def put(self, weight: Weight) -> tuple[Form, float | None] | str:
         """(the weight in the graph, its SQNR in dB), or why it stays float32."""
@@ -194,15 +224,29 @@ class _Store:
         array = constant_array(weight.weight)
         matrix = array.T if rows else array
         if isinstance(weight, Table) and (why := unfit_table(len(matrix), self._precision, self._standard)):
-            return why
+            return self._float(weight, matrix, rows, why)
+        if self._float_rows and (why := unfit_blocks(len(matrix), self._precision)) is not None:
+            return self._float(weight, matrix, rows, why)
         key = (str(weight.weight.name), rows)
         if key not in self._known:
             self._known[key] = self._stored(key[0], f"{key[0]}_rows" if rows else key[0], matrix)
         return self._known[key]
 
+    def _float(self, weight: Linear | Table, matrix: F32, rows: bool, why: str) -> str:
+        """Leave a weight in float; one that was trained on a grid with the values it was trained with."""
+        name = str(weight.weight.name)
+        found = self._given(name, matrix) if self._given is not None else None
+        if found is not None and not isinstance(found, str):
+            values = values_of(found)
+            self._float_values[name] = weight.weight, np.ascontiguousarray(values.T if rows else values)
+        return why
+
+    def write_float_values(self) -> None:
+        """Last, since a weight is known by the values it had."""
+        for value, array in self._float_values.values():
+            value.const_value = ir.tensor(array, name=value.name)
+
     def _stored(self, name: str, prefix: str, matrix: F32) -> tuple[Form, float | None] | str:
-        if self._float_rows and (why := unfit_blocks(len(matrix), self._precision)) is not None:
-            return why
         found = self._given(name, matrix) if self._given is not None else None
         if isinstance(found, str):
             return found

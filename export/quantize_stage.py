@@ -37,13 +37,13 @@ from edgestill.export.parity import (
     parity_limit,
     parity_rows,
 )
-from edgestill.export.post_training import matrices, matrix_names, quantize_weights
+from edgestill.export.post_training import matrices, matrix_names, quantize_weights, untied_tables
 from edgestill.export.quantize import (
     Given,
     QuantizationReport,
     dequantize_graph,
     digest_of,
-    given_by_values,
+    ByValues,
     graph_bytes,
     quantize_graph,
 )
@@ -189,7 +189,7 @@ def _weights(
     if precision.graph_mib is not None:
         blocks |= _in_eight_bits(precision, exported.path, blocks, feeds[:: -(-len(feeds) // MIXED_WINDOWS)], progress)
     found = matrices(exported.path)
-    return given_by_values({digest_of(found[name]): block for name, block in blocks.items()}), precision.method
+    return ByValues({digest_of(found[name]): block for name, block in blocks.items()}), precision.method
 
 
 def _int4_blocks(
@@ -209,7 +209,8 @@ def _in_eight_bits(
     with progress.task("sensitivity", len(blocks), "weights") as task:
         felt = sensitivities(graph, blocks, feeds, task)
     shapes = {name: (block.inputs, block.outputs) for name, block in blocks.items()}
-    chosen = in_eight_bits(felt, shapes, precision.block_size, precision.graph_mib or 0.0)
+    beside = untied_tables(graph)
+    chosen = in_eight_bits(felt, shapes, precision.block_size, precision.graph_mib or 0.0, beside)
     progress.say(f"in 8 bits: {len(chosen)} of {len(blocks)} weights")
     float32 = matrices(graph)
     return {name: quantize_int8(float32[name], precision.block_size) for name in chosen}

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from edgestill.compress.low_rank import load_student
 from edgestill.compress.quantize.shipped import ShippedWeights
 from edgestill.export.blockwise import BlockWeight, int8_blocks
-from edgestill.export.quantize import Given, digest_of, given_by_values
+from edgestill.export.quantize import Given, digest_of, ByValues
 from edgestill.export.stored import F32, Quantized
 from edgestill.export.tables import TableWeight
 from edgestill.profiles.schema import PrecisionSpec
@@ -28,7 +28,7 @@ def trained_weights(checkpoint: Path, precision: PrecisionSpec) -> Given | None:
     profile's.
 
     Raises:
-        BadInput: the bytes beside the checkpoint are damaged.
+        BadInput: the bytes beside the checkpoint are damaged. `quantize_graph` raises it too, where the graph lacks one of them.
     """
     shipped = ShippedWeights.load(checkpoint)
     if shipped is None or why_not(shipped, precision) is not None:
@@ -40,7 +40,7 @@ def trained_weights(checkpoint: Path, precision: PrecisionSpec) -> Given | None:
         module = student.get_submodule(name.rpartition(".")[0])
         matrix = (parameter if isinstance(module, Conv1D) else parameter.T).numpy()
         known[digest_of(matrix)] = _stored(shipped, {part: a.numpy() for part, a in arrays.items()}, matrix, precision)
-    return given_by_values(known, NOT_TRAINED)
+    return ByValues(known, NOT_TRAINED, every=True)
 
 
 def why_not(shipped: ShippedWeights, precision: PrecisionSpec) -> str | None:

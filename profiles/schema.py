@@ -155,6 +155,11 @@ class Recipe(Words):
             raise ValueError("losses.ranking ranks against the fused target; raise losses.output.weight above 0")
         if self.train.on_policy is not None and self.losses.output.weight == 0:
             raise ValueError("train.on_policy is scored by the fused target; raise losses.output.weight above 0")
+        if self.train.on_policy is not None and self.fusion.weights == "label":
+            raise ValueError(
+                "fusion.weights: label trusts teachers by the true tokens, and windows that train.on_policy writes have none; "
+                "use weights: entropy"
+            )
         if self.train.cache_mode == "sampling":
             self._draws_stay_unbiased()
         if self.fusion.weights == "routed":

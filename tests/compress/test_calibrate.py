@@ -91,6 +91,28 @@ def test_useless_teachers_get_a_finite_offset() -> None:
     assert offsets[0] > offsets[1]
 
 
+def test_temperature_is_fitted_on_what_counts(tmp_path: Path) -> None:
+    """Other tokens under the mask, the same fit; without the mask, another one."""
+    write_model(tmp_path / "t")
+    facts = resolve_teachers([TeacherSpec(name="t", model=str(tmp_path / "t"), precision="float32")], Path)
+    teacher = load_teacher(facts[0], torch.device("cpu"))
+    mask = np.zeros((WINDOWS, LENGTH), np.uint8)
+    mask[:, 1 : LENGTH // 2] = 1
+    text = dataclasses.replace(part(), loss_mask=mask)
+    other = text.token_ids.copy()
+    other[:, LENGTH // 2 :] = 1  # behind what counts, so that no context changes
+
+    def fit(what: Part) -> float:
+        with QuietProgress().task("", WINDOWS) as task:
+            found, _ = calibrate(teacher, what, np.arange(WINDOWS), batch_size=5, task=task)
+        assert what.loss_mask is None or found.tokens == int(mask[:, 1:].sum())
+        return found.perplexity
+
+    assert fit(dataclasses.replace(text, token_ids=other)) == pytest.approx(fit(text), rel=1e-6)
+    unmasked = (fit(dataclasses.replace(t, loss_mask=None)) for t in (text, dataclasses.replace(text, token_ids=other)))
+    assert next(unmasked) != pytest.approx(next(unmasked), rel=1e-3)
+
+
 def test_evidence_is_the_teachers_own(tmp_path: Path) -> None:
     """Entropy and label log-probability against the whole model's logits; saved and read back."""
     write_model(tmp_path / "t")

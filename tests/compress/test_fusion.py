@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from edgestill.compress.divergence import DIVERGENCES, Settings
 from edgestill.compress.fusion import Evidence, FusionAccumulator, WeightRule, entropy_of, moving_average, pool
 from edgestill.compress.scratch import Scratch
 from edgestill.profiles.schema import FusionSpec
@@ -132,6 +133,46 @@ def test_arithmetic_identity() -> None:
     static = rule(3, weights="static", static=w.tolist())
     ours = fuse(static, [lp.float() for lp in log_ps], SEQUENCE)[1].double()
     torch.testing.assert_close(kl(ours.exp(), log_q), right, atol=1e-5, rtol=0)
+
+
+def test_geometric_identity() -> None:
+    """KL(q || geometric mix) = sum w KL(q || p_k) + log Z."""
+    log_ps = [lp.double() for lp in distributions(3, seed=4)]
+    log_q = torch.log_softmax(torch.randn(12, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(9)), -1)
+    w = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+
+    def kl(log_p: torch.Tensor) -> torch.Tensor:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    log_z = torch.logsumexp((w[:, None, None] * torch.stack(log_ps)).sum(0), -1)
+    right = sum(w[k] * kl(lp) for k, lp in enumerate(log_ps)) + log_z
+    static = rule(3, weights="static", static=w.tolist(), mix="geometric")
+    ours = fuse(static, [lp.float() for lp in log_ps], SEQUENCE)[1].double()
+    torch.testing.assert_close(kl(ours), right, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("mix", "divergence"), [("arithmetic", "forward_kl"), ("geometric", "reverse_kl")])
+def test_the_gradient_to_the_mix_is_the_mean_of_those_to_the_teachers(mix: str, divergence: str) -> None:
+    """What both identities are used for: their other terms do not depend on the student."""
+    log_ps = [lp.double() for lp in distributions(3, seed=4)]
+    z = torch.randn(12, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    log_q = torch.log_softmax(z, -1)
+    w = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+
+    def gradient(log_p: torch.Tensor) -> torch.Tensor:
+        return DIVERGENCES[divergence](log_p.exp(), log_p, log_q.exp(), log_q.clone(), Settings())[1].clone()
+
+    static = rule(3, weights="static", static=w.tolist(), mix=mix)
+    ours = gradient(torch.log_softmax(fuse(static, [lp.float() for lp in log_ps], SEQUENCE)[1].double(), -1))
+    theirs = sum(w[k] * gradient(lp) for k, lp in enumerate(log_ps))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_sequences_may_be_numbered_with_gaps() -> None:
+    """Windows without a token that counts are left out of the rows; few rows may carry large numbers."""
+    values = torch.tensor([1.0, 3.0, 7.0])
+    assert pool(values, torch.tensor([2, 2, 40])).tolist() == [2.0, 2.0, 7.0]
+    assert pool(values[:0], torch.tensor([], dtype=torch.int64)).numel() == 0
 
 
 def test_a_sharp_temperature_trusts_one_teacher_and_the_floor_keeps_the_other() -> None:

@@ -66,6 +66,7 @@ def test_gradient_equals_autograd_of_the_log_probability() -> None:
     actions = choose_all(policy, entropy, -surprise, SEQUENCE)
     rewards = torch.tensor([-1.0, math.nan, -2.5, 0.3], dtype=torch.float64)
     policy.reward(rewards)
+    policy.finish()
 
     weight = before.clone().requires_grad_()
     objective = torch.zeros((), dtype=torch.float64)
@@ -89,6 +90,7 @@ def test_first_batch_is_its_own_baseline() -> None:
     policy.begin(4)
     choose_all(policy, *answers(2, len(SEQUENCE)), SEQUENCE)
     policy.reward(torch.full((4,), -8.0))
+    policy.finish()
     assert policy.weight.abs().max() < 1e-6
     assert policy.baseline().item() == pytest.approx(-8.0)
 
@@ -100,9 +102,11 @@ def test_batch_without_a_valid_token_changes_nothing() -> None:
         policy.begin(4)
         choose_all(policy, *answers(2, len(SEQUENCE)), SEQUENCE)
         policy.reward(torch.tensor(rewards))
+        policy.finish()
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     policy.begin(4)
     policy.reward(torch.full((4,), math.nan))
+    policy.finish()
     for name, value in policy.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -118,11 +122,41 @@ def test_chunks_of_whole_sequences_choose_and_learn_as_one() -> None:
             parts = [choose_all(policy, entropy[:, a:b], -surprise[:, a:b], SEQUENCE[a:b]) for a, b in pairwise(cuts)]
             actions = torch.cat(parts, dim=1)
             policy.reward(actions.new_tensor([0.3, 9.0, -1.0, 0.7]) * batch)
+            policy.finish()
         learnt.append((policy.weight.clone(), actions))
     assert learnt[0][0].abs().max() > 0.01
     for weight, actions in learnt[1:]:
         assert torch.equal(weight, learnt[0][0])
         assert torch.equal(actions, learnt[0][1])
+
+
+def test_batches_of_one_step_teach_as_one() -> None:
+    """Chosen in one batch of four sequences, or in two of two: the draws are the same, and so is what is learnt."""
+    learnt = []
+    entropy, surprise = answers(2, 8)
+    rewards = torch.tensor([-1.0, 0.5, -3.0, 2.0])
+    for size in (4, 2):
+        torch.manual_seed(5)
+        policy = new_policy(learning_rate=1.0)
+        for _ in range(3):
+            for start in range(0, 4, size):
+                rows = slice(2 * start, 2 * (start + size))
+                policy.begin(size)
+                choose_all(policy, entropy[:, rows], -surprise[:, rows], torch.arange(size).repeat_interleave(2))
+                policy.reward(rewards[start : start + size])
+            policy.finish()
+        learnt.append(policy.state_dict())
+    assert learnt[0]["weight"].abs().max() > 0.01 and learnt[0]["updates"] == 3
+    for name, value in learnt[0].items():
+        torch.testing.assert_close(learnt[1][name], value, atol=1e-6, rtol=0)
+
+
+def test_numbers_of_sequences_may_have_gaps() -> None:
+    """Windows without a token that counts leave gaps; a chunk of few rows may span many of them."""
+    policy = new_policy().eval()
+    policy.weight.copy_(torch.tensor([[0.0, 0.0, 0.0], [-1.0, 0.0, 0.5]]))
+    entropy = torch.tensor([[0.1, 0.9], [0.4, 0.6]]) * LOG_V
+    assert choose_all(policy, entropy, torch.zeros(2, 2), torch.tensor([3, 90])).tolist() == [[1, 1], [1, 0]]
 
 
 def play(policy: SelectionPolicy, batches: int, first: int = 0) -> Tensor:
@@ -135,6 +169,7 @@ def play(policy: SelectionPolicy, batches: int, first: int = 0) -> Tensor:
         actions = choose_all(policy, *pairs, sequence)[:, ::2]
         sure = (entropy[2] < LOG_V / 2).float() * 2 - 1
         policy.reward(-5 + actions[0] - actions[1] + actions[2] * sure)
+        policy.finish()
     return actions
 
 
@@ -161,6 +196,7 @@ def test_evaluation_is_deterministic_and_learns_nothing() -> None:
         assert choose_all(policy, entropy, torch.zeros(2, 2), torch.arange(2) + start).tolist() == [[1, 1], [1, 0]]
         policy.begin(2)
         policy.reward(torch.ones(2))
+        policy.finish()
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in policy.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -173,6 +209,7 @@ def test_a_label_that_a_teacher_rules_out_is_bounded() -> None:
         policy.begin(4)
         choose_all(policy, torch.zeros(2, 13), torch.full((2, 13), -math.inf), SEQUENCE)
         policy.reward(torch.arange(4.0))
+        policy.finish()
     assert policy.weight.isfinite().all() and policy.weight.abs().max() > 0
 
 
@@ -235,6 +272,7 @@ def test_nothing_is_read_back_and_sums_are_of_integers() -> None:
         policy.begin(4)
         choose_all(policy, *answers(2, len(SEQUENCE)), SEQUENCE)
         policy.reward(torch.arange(4.0))
+        policy.finish()
     assert "aten::_local_scalar_dense" not in ran.names and "aten::nonzero" not in ran.names
     assert "aten::index_add_" in ran.names
     entropy = torch.full((2, 13), 1 / 3)  # thirds are not exact, their sums in another order differ
@@ -250,8 +288,10 @@ def test_order_of_the_calls() -> None:
         policy.choose(0, torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
     policy.begin(1)
     policy.reward(torch.zeros(1))
+    policy.finish()
     with pytest.raises(RuntimeError, match="begin"):
         policy.reward(torch.zeros(1))
+        policy.finish()
 
 
 def learn_share(rank: int, world: int, store: str | None, out: str) -> None:
@@ -267,6 +307,7 @@ def learn_share(rank: int, world: int, store: str | None, out: str) -> None:
         policy.begin(size)
         actions = choose_all(policy, entropy[:, share], -surprise[:, share], torch.arange(size))
         policy.reward(actions[0] - actions[1] + torch.arange(6.0)[share] - 2 * batch)
+        policy.finish()
     torch.save(policy.state_dict(), f"{out}.{world}.{rank}")
     if store is not None:
         torch.distributed.destroy_process_group()

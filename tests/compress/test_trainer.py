@@ -34,7 +34,7 @@ def trained(folder: Path, **words: Any) -> dict[str, tuple[dict[str, torch.Tenso
 
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "remembering": {"losses": REMEMBERING["losses"]},
+    "remembering": REMEMBERING,
     "on a grid": {"quantize": {"scheme": "int8", "from_step": 2}},
 }
 

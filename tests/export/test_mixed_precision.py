@@ -15,7 +15,7 @@ from edgestill.export.blockwise import dequantize, quantize_int4, quantize_int8
 from edgestill.export.input_moments import window_feeds
 from edgestill.export.mixed_precision import MIB, in_eight_bits, sensitivities, stored_bytes
 from edgestill.export.post_training import matrices
-from edgestill.export.quantize import digest_of, given_by_values, quantize_graph
+from edgestill.export.quantize import ByValues, digest_of, quantize_graph
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
 
@@ -67,6 +67,10 @@ def test_most_felt_per_byte_goes_first_and_the_budget_holds() -> None:
         10 * wide: ["thin", "wide"],
     }.items():
         assert in_eight_bits(felt, shapes, 32, (least + spare) / MIB) == expected
+    beside = [(64, 40)]  # an embedding of its own: 40 rows of 64 stay in 4 bits and take their part
+    taken = stored_bytes(beside[0], 4, 32)
+    assert in_eight_bits(felt, shapes, 32, (least + taken + thin) / MIB, beside) == ["thin"]
+    assert in_eight_bits(felt, shapes, 32, (least + taken + thin - 1) / MIB, beside) == []
     with pytest.raises(BadInput, match=r"precision.graph_mib 0.001: int4 alone takes 0.005 MiB; raise it"):
         in_eight_bits(felt, shapes, 32, 0.001)
 
@@ -77,7 +81,7 @@ def test_both_widths_in_one_graph(exported: Export, tmp_path: Path) -> None:
     name = next(iter(float32))
     given = {digest_of(float32[name]): quantize_int8(float32[name], 32)}
     path = tmp_path / "model.onnx"
-    report = quantize_graph(export.path, path, PrecisionSpec(weights="int4"), given=given_by_values(given))
+    report = quantize_graph(export.path, path, PrecisionSpec(weights="int4"), given=ByValues(given))
     assert sorted({node.bits for node in report.quantized}) == [4, 8]
     bits = [
         a.i for n in onnx.load(path).graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from edgestill.compress.quantize.fake_quant import FakeQuant
 from edgestill.compress.quantize.shipped import ShippedWeights, load_shipped_student
+from edgestill.export import stored
 from edgestill.export.onnx_export import ExportedGraph, export_onnx
 from edgestill.export.parity import ort_logits
 from edgestill.export.quantize import dequantize_graph, quantize_graph
 from edgestill.export.trained import NOT_TRAINED, trained_weights, why_not
 from edgestill.profiles.schema import PrecisionSpec, QuantizeSpec
 from edgestill.runtime.backends.ort import OrtBackend
+from edgestill.runtime.errors import BadInput
 
 Array = npt.NDArray[Any]
 STEPS = 256
@@ -226,6 +228,35 @@ def test_what_was_left_off_the_grid_stays_float(tmp_path: Path) -> None:
     given = trained_weights(checkpoint, precision)
     report = quantize_graph(export.path, tmp_path / "model.onnx", precision, given=given)
     assert [(n.operator, n.reason) for n in report.left_float] == [("Gather", NOT_TRAINED), ("MatMul", NOT_TRAINED)]
+
+
+def test_a_table_that_cannot_be_looked_up_in_codes_keeps_the_trained_values(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows stay float32, but they are the rows that the student was trained with."""
+    case = trained("int4")
+    monkeypatch.setattr(stored, "lookup_runs", lambda *_: False)
+    given = trained_weights(case.checkpoint, case.precision)
+    report = quantize_graph(case.export.path, tmp_path / "model.onnx", case.precision, given=given)
+    assert [node.operator for node in report.left_float] == ["Gather"]
+    ids = torch.arange(1, 13).view(1, -1)
+    with torch.no_grad():
+        expected = load_shipped_student(case.checkpoint)(ids).logits.numpy()
+    facts, graph = case.export.facts, case.export.graph
+    backend = OrtBackend(tmp_path / "model.onnx", facts, graph)
+    ours = backend.step(backend.new_state(1, 12), ids.numpy().astype(np.int64))
+    np.testing.assert_allclose(ours, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_trained_bytes_that_the_graph_has_not_are_no_silent_loss(trained: Any, tmp_path: Path) -> None:
+    """The float weights beside the bytes are others than those that were exported."""
+    case = trained("int4")
+    other = write_model(tmp_path / "other", seed=5, max_tokens=STEPS + 4)
+    case.shipped.save(other)
+    given = trained_weights(other, case.precision)
+    with pytest.raises(BadInput, match=r"\d+ of \d+ weights that were trained on a grid are not in this graph"):
+        quantize_graph(case.export.path, tmp_path / "model.onnx", case.precision, given=given)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_another_grid_is_not_copied(trained: Any) -> None:

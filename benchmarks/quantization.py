@@ -31,7 +31,7 @@ from edgestill.export.input_moments import window_feeds
 from edgestill.export.model_facts import facts_of_checkpoint
 from edgestill.export.onnx_export import ExportedGraph, Exports, describe_graph, export_fused, export_onnx
 from edgestill.export.post_training import matrices, quantize_weights
-from edgestill.export.quantize import digest_of, ByValues, graph_bytes, quantize_graph
+from edgestill.export.quantize import ByValues, digest_of, graph_bytes, quantize_graph
 from edgestill.export.rewrite.rules import join_weights
 from edgestill.export.trained import trained_weights
 from edgestill.profiles.schema import PrecisionSpec

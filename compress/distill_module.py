@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +22,7 @@ from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fused_head import OutputLoss, OutputValues, output_loss
 from edgestill.compress.lessons import Batch, Lesson, TeacherSource
 from edgestill.compress.meter import Meter
+from edgestill.compress.quantize.compensate import compensate_student
 from edgestill.compress.quantize.fake_quant import FakeQuant
 from edgestill.compress.reinforced import SelectionPolicy
 from edgestill.compress.rows import Rows
@@ -43,12 +46,15 @@ class DistillModule(nn.Module):
         policy: SelectionPolicy | None = None,
         taid: Taid | None = None,
         quantization: FakeQuant | None = None,
+        grid_text: npt.NDArray[np.int64] | None = None,
     ) -> None:
+        """`grid_text`: windows int64 [W, T] that tell what reaches each layer, for `quantize.initialize: gptq`."""
         super().__init__()
         self.student = student
         self.features, self.attention = features, attention
         self.policy, self.taid = policy, taid
         self.quantization = quantization
+        self._grid_text = grid_text
         self.feature_balance = Balance(features.spec.ratio) if features is not None else None
         self.attention_balance = Balance(attention.spec.ratio) if attention is not None else None
         self.output = output
@@ -108,6 +114,8 @@ class DistillModule(nn.Module):
     def finish_step(self, step: int, steps: int) -> None:
         """After optimizer step `step` of `steps`: everything that is remembered moves once."""
         if self.quantization is not None:
+            if self._grid_text is not None and self.quantization.enters_at(step):
+                compensate_student(self.quantization, self.student, self._grid_text)
             self.quantization.at_step(step)
         if self.taid is not None:
             self.taid.finish(step, steps)

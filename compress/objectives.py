@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -17,6 +19,7 @@ from edgestill.compress.features import FeatureLoss
 from edgestill.compress.fused_head import OutputLoss
 from edgestill.compress.fusion import WeightRule
 from edgestill.compress.lessons import TeachersAtWork, TeacherSource, TeachersRemembered
+from edgestill.compress.packing import spread
 from edgestill.compress.quantize.fake_quant import FakeQuant
 from edgestill.compress.setting import Setting
 from edgestill.compress.step_state import Taid
@@ -24,6 +27,9 @@ from edgestill.compress.teacher_cache import open_caches
 from edgestill.compress.teacher_files import read_config
 from edgestill.compress.teachers import load_teacher
 from edgestill.compress.trainer import autocast_bfloat16
+
+GRID_WINDOWS = 64
+"""Training windows from which GPTQ learns what reaches the layers; as many as an export takes."""
 
 
 def module_of(
@@ -56,8 +62,17 @@ def module_of(
         attention=attention,
         policy=policy,
         quantization=FakeQuant(at.recipe.quantize, student) if at.recipe.quantize is not None else None,
+        grid_text=_grid_text(at),
         taid=Taid(losses.output.taid).to(at.device) if losses.output.divergence == "taid" else None,
     )
+
+
+def _grid_text(at: Setting) -> npt.NDArray[np.int64] | None:
+    """Training windows int64 [W, T], as many of each domain, that show what reaches the layers of a student on a grid."""
+    if at.recipe.quantize is None or at.recipe.quantize.initialize == "nearest":
+        return None
+    training = at.corpus.training
+    return training.token_ids[spread(training, GRID_WINDOWS)].astype(np.int64)
 
 
 def output_of(at: Setting) -> OutputLoss:

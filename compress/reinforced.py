@@ -10,8 +10,9 @@ The strongest teacher is not the best one for every text, nor for every moment o
     update    w_k  += learning_rate * mean_b (r_b - m) (a_kb - pi_kb) s_kb            REINFORCE; (a - pi) s = d log pi(a) / dw
 
 While it learns, a batch is `begin`, then `choose` for every teacher and chunk of whole sequences, then `reward`; after all batches
-of an optimizer step comes `finish`, which learns from them together. In evaluation mode `choose` alone is enough. Everything stays on the device. What is learnt lies in buffers, so it is in every checkpoint;
-draws come from the default generator, whose state is too. With torch.distributed every process draws for the whole batch and
+of an optimizer step comes `finish`, which learns from them together. In evaluation mode `choose` alone is enough. Everything
+stays on the device. What is learnt lies in buffers, so it is in every checkpoint; draws come from the default generator, whose
+state is too. With torch.distributed every process draws for the whole batch and
 takes its share, and the sums of the update are all-reduced, so that all processes keep one policy, which is the policy of one
 process with all the sequences.
 """

@@ -21,7 +21,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from edgestill.compress.quantize.compensate import DAMPING, compensated
+from edgestill.compress.quantize.grids import Int4
 from edgestill.export.blockwise import F32, U8, BlockWeight, codes_of, quantize_int4
 from edgestill.export.graph_io import load_graph
 from edgestill.export.input_moments import F64, MOMENT_BYTES, Feeds, input_moments, linear_layers, moment_groups
@@ -94,24 +97,18 @@ def untied_tables(graph_path: Path) -> list[tuple[int, int]]:
     return [(hidden, rows) for rows, hidden in shapes]
 
 
-def gptq(weight: F32, moment: F64, block_size: int, symmetric: bool, damping: float = 0.01) -> BlockWeight:
+def gptq(weight: F32, moment: F64, block_size: int, symmetric: bool, damping: float = DAMPING) -> BlockWeight:
     """Quantize float32 [K, N] to 4 bits so that E |x W - x W'|^2 is small; `moment` is E[x x'], float64 [K, K].
 
-    Input after input is rounded to nearest, and what that does to the output is made up for by the inputs not yet
-    rounded. A block's scale and zero point follow `quantize_int4`'s rule from the weights as they are when the block's
-    turn comes. Inputs are taken in their order (blocks must stay contiguous). `damping` x the mean of the moment's
-    diagonal is added to it: an input that calibration never showed is rounded to nearest.
-
-    Raises:
-        ValueError: `moment` is not [K, K], or damping is not positive.
-        numpy.linalg.LinAlgError: `moment` is no moment (not positive semi-definite, or not finite).
+    The weight is moved as `compress.quantize.compensate` says (it has the method, and the same errors), and rounded to nearest.
     """
-    if moment.shape != (len(weight), len(weight)):
-        raise ValueError(f"moment of shape {moment.shape} for {len(weight)} inputs")
-    if not damping > 0:
-        raise ValueError(f"damping {damping} must be positive: inputs may be dead or linearly dependent")
-    feedback = _feedback(moment, damping)
-    return _by_columns(weight, lambda part: _gptq(part, feedback, block_size, symmetric))
+    moved = compensated(
+        torch.from_numpy(np.array(weight.T, np.float32, order="C")),
+        torch.from_numpy(np.array(moment)),
+        Int4(block_size, symmetric),
+        damping,
+    )
+    return quantize_int4(moved.numpy().T, block_size, symmetric)
 
 
 def hqq(weight: F32, block_size: int, symmetric: bool = False) -> BlockWeight:
@@ -122,41 +119,6 @@ def hqq(weight: F32, block_size: int, symmetric: bool = False) -> BlockWeight:
     block, the best scale seen, so no block is worse in that norm. Zero points are `quantize_int4`'s.
     """
     return _by_columns(weight, lambda part: _hqq(part, block_size, symmetric))
-
-
-def _gptq(weight: F32, feedback: F64, block_size: int, symmetric: bool) -> BlockWeight:
-    inputs, outputs = weight.shape
-    work = weight.astype(np.float64)
-    codes: U8 = np.empty(weight.shape, np.uint8)
-    scales, zeros = [], []
-    for start in range(0, inputs, block_size):
-        stop = min(start + block_size, inputs)
-        grid = quantize_int4(work[start:stop].astype(np.float32), block_size, symmetric)
-        scale, zero = grid.scales[:, 0], _zero_points(grid)[:, 0]
-        errors = np.empty((stop - start, outputs))
-        for k in range(start, stop):
-            codes[k] = _codes(work[k].astype(np.float32), scale, zero)
-            errors[k - start] = (work[k] - (codes[k] - zero) * scale) / feedback[k, k]
-            work[k + 1 : stop] -= np.outer(feedback[k, k + 1 : stop], errors[k - start])
-        work[stop:] -= feedback[start:stop, stop:].T @ errors  # once per block: later blocks do not look before
-        scales.append(scale)
-        zeros.append(zero)
-    return _block_weight(codes.T, np.stack(scales, axis=1), np.stack(zeros, axis=1), block_size, symmetric)
-
-
-def _feedback(moment: F64, damping: float) -> F64:
-    """Upper triangular U with U'U = (moment + damping)^-1: row k says how the error of input k is made up for.
-
-    From the factor R R' of the damped moment (R upper triangular) as R^-1, without squaring the condition number.
-    """
-    ridge = damping * float(np.diag(moment).mean())
-    if ridge == 0:
-        return np.eye(len(moment))
-    damped = moment + ridge * np.eye(len(moment))
-    factor: F64 = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
-    if not np.isfinite(factor).all():
-        raise np.linalg.LinAlgError("the moment is not finite")
-    return factor
 
 
 def _hqq(weight: F32, block_size: int, symmetric: bool) -> BlockWeight:

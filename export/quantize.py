@@ -189,7 +189,7 @@ class ByValues:
         lost = len(self.weights.keys() - self.found) if self.every else 0
         if lost:
             raise BadInput(
-                f"{graph}: {lost} of {len(self.weights)} weights that were trained on a grid are not in this graph by their values; "
+                f"{graph}: {lost} of {len(self.weights)} weights that were trained on a grid are not in this graph; "
                 "export the checkpoint that training left"
             )
 

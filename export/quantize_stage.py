@@ -39,11 +39,11 @@ from edgestill.export.parity import (
 )
 from edgestill.export.post_training import matrices, matrix_names, quantize_weights, untied_tables
 from edgestill.export.quantize import (
+    ByValues,
     Given,
     QuantizationReport,
     dequantize_graph,
     digest_of,
-    ByValues,
     graph_bytes,
     quantize_graph,
 )

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from edgestill.compress.low_rank import load_student
 from edgestill.compress.quantize.shipped import ShippedWeights
 from edgestill.export.blockwise import BlockWeight, int8_blocks
-from edgestill.export.quantize import Given, digest_of, ByValues
+from edgestill.export.quantize import ByValues, Given, digest_of
 from edgestill.export.stored import F32, Quantized
 from edgestill.export.tables import TableWeight
 from edgestill.profiles.schema import PrecisionSpec

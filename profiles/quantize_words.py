@@ -22,6 +22,9 @@ class QuantizeSpec(Words):
     """int4 only: false gives each block a zero point."""
     from_step: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps in float before."""
+    initialize: Literal["nearest", "gptq"] = "nearest"
+    """How float weights enter the grid at from_step. gptq: they move once, so that rounding them to nearest makes up for its own
+    errors (arXiv 2210.17323), from what 64 training windows bring to each layer. For schemes of 4 bits."""
     ramp_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the weights move from float to the grid, linearly."""
     freeze_scales_at_step: Count | None = None
@@ -40,6 +43,13 @@ class QuantizeSpec(Words):
             )
         if not self.symmetric and self.scheme != "int4":
             raise ValueError(f"quantize.symmetric: false is for int4, {self.scheme} has no zero point; remove it")
+        if self.initialize == "gptq" and self.scheme == "int8":
+            raise ValueError("quantize.initialize: gptq is for schemes of 4 bits; int8 loses nothing, remove it")
+        if self.initialize == "gptq" and self.from_step == 0:
+            raise ValueError(
+                "quantize.initialize: gptq at from_step 0 meets an untrained student; raise from_step (most of the training in "
+                "float works best) or remove it"
+            )
         if self.activations and self.scheme != "int4":
             raise ValueError(f"quantize.activations is for int4 at accuracy_level 4, not for {self.scheme}; remove it")
         if self.freeze_scales_at_step is not None and self.freeze_scales_at_step <= self.from_step + self.ramp_steps:

@@ -160,6 +160,10 @@ class Recipe(Words):
                 "fusion.weights: label trusts teachers by the true tokens, and windows that train.on_policy writes have none; "
                 "use weights: entropy"
             )
+        if self.quantize is not None and self.quantize.initialize == "gptq" and self.train.sharding == "full":
+            raise ValueError(
+                "quantize.initialize: gptq needs whole weights on each device; use train.sharding: none or initialize: nearest"
+            )
         if self.train.cache_mode == "sampling":
             self._draws_stay_unbiased()
         if self.fusion.weights == "routed":

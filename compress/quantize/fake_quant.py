@@ -11,6 +11,7 @@ A weight is rounded once per optimizer step and read by all micro-steps. It is f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -43,6 +44,7 @@ class FakeQuant(nn.Module):
         self.grid = grid_of(spec.scheme, spec.block_size, spec.symmetric)
         self.step = 0
         self._weights: dict[int, _Weight] = {}
+        self._layers: dict[str, GridLayer] = {}
         head = student.get_output_embeddings()
         for name, module in _targets(student, spec):
             self._place(name, module)
@@ -60,9 +62,14 @@ class FakeQuant(nn.Module):
             self._weights[id(parameter)] = _Weight(self, f"{name}.weight", len(self._weights), transposed)
             if self.spec.freeze_scales_at_step is not None:
                 self._reserve(_matrix(parameter, transposed), len(self._weights) - 1)
+        one = self._weights[id(parameter)]
+        if one.name not in self._layers or not isinstance(
+            module, nn.Embedding
+        ):  # of a tied pair the head, which multiplies
+            self._layers[one.name] = GridLayer(one.name, module, transposed)
         kind: Any = type(module)
         module.__class__ = _on_grid(kind, self.spec.activations and not isinstance(module, nn.Embedding))
-        module.__dict__["_edgestill_weight"] = self._weights[id(parameter)]
+        module.__dict__["_edgestill_weight"] = one
 
     def _reserve(self, weight: Tensor, index: int) -> None:
         """Room for the frozen scales of a weight."""
@@ -75,6 +82,14 @@ class FakeQuant(nn.Module):
     def names(self) -> list[str]:
         """Parameters on the grid."""
         return [weight.name for weight in self._weights.values()]
+
+    def layers(self) -> list[GridLayer]:
+        """One per parameter on the grid."""
+        return list(self._layers.values())
+
+    def enters_at(self, step: int) -> bool:
+        """Whether weights move towards the grid for the first time behind optimizer step `step`."""
+        return step == self.spec.from_step
 
     def at_step(self, step: int) -> None:
         """Say that `step` optimizer steps are done; weights are rounded anew when they are read next."""
@@ -125,6 +140,36 @@ class FakeQuant(nn.Module):
                 matrix, Scales(*(_to(s, matrix) for s in (scales.scale, scales.zero_point)))
             )
         return found
+
+
+@dataclass(frozen=True)
+class GridLayer:
+    """A parameter on the grid and a module that reads it."""
+
+    name: str
+    module: nn.Module
+    transposed: bool
+    """Stored as [K, N], as Conv1D does."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        found = self.module._parameters["weight"]
+        if found is None:
+            raise ValueError(f"{self.name} is gone")
+        return found
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.parameter.shape[0 if self.transposed else 1]
+
+    def matrix(self) -> Tensor:
+        """The float weights, float32 [N, K]."""
+        return _matrix(self.parameter, self.transposed)
+
+    def write(self, matrix: Tensor) -> None:
+        """Other float weights, [N, K]."""
+        self.parameter.copy_(matrix.T if self.transposed else matrix)
 
 
 def _matrix(parameter: Tensor, transposed: bool) -> Tensor:

@@ -33,6 +33,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "student": DROPOUT,
         "train": TRAIN,
     },
+    "entering the grid by gptq": {
+        "quantize": {"scheme": "int4", "from_step": 4, "initialize": "gptq"},
+        "student": DROPOUT,
+        "train": TRAIN,
+    },
     "moving averages from the cache": {
         "fusion": {"weights": "label", "granularity": "ema"},
         "losses": {"ranking": {}, "output": {"divergence": "taid"}},

@@ -83,19 +83,25 @@ def _same_within_inputs(ours: BlockWeight, theirs: BlockWeight) -> None:
 
 
 def _naive_gptq(weight: F32, moment: F64, block_size: int, symmetric: bool, damping: float) -> F32:
-    """One input at a time: round it, then solve the normal equations of all inputs left for the best compensation."""
+    """One input at a time: round it, then solve the normal equations of all inputs left for the best compensation.
+
+    Within a block the least and the greatest weight keep their value, so that its scale stays, and the others stay between them.
+    """
     hessian = moment + damping * np.diag(moment).mean() * np.eye(len(moment))
     work = weight.astype(np.float64)
     out = np.zeros_like(weight)
     for k in range(len(weight)):
         if k % block_size == 0:
             rows = work[k : k + block_size].astype(np.float32)
-            low, high = np.minimum(rows.min(axis=0), 0), np.maximum(rows.max(axis=0), 0)
+            least, most = rows.min(axis=0), rows.max(axis=0)
+            low, high = np.minimum(least, 0), np.maximum(most, 0)
             extreme = rows[np.abs(rows).argmax(axis=0), np.arange(rows.shape[1])]
             scale = extreme / np.float32(-8) if symmetric else (high - low) / np.float32(15)
             divisor = np.where(scale == 0, np.float32(1), scale)
             zero = np.full(scale.shape, 8.0) if symmetric else np.floor(-low / divisor + 0.5)
-        codes = np.floor(work[k].astype(np.float32) * (np.float32(1) / divisor) + zero + 0.5).clip(0, 15)
+        first = rows[k % block_size]
+        kept = np.where((first == least) | (first == most), first, work[k].astype(np.float32).clip(least, most))
+        codes = np.floor(kept * (np.float32(1) / divisor) + zero + 0.5).clip(0, 15)
         out[k] = np.where(scale == 0, 0, (codes - zero) * scale)
         left = slice(k + 1, len(weight))
         if k + 1 < len(weight):
@@ -149,9 +155,9 @@ def test_gptq_refuses_what_is_no_moment() -> None:
         gptq(weight, np.eye(31), 32, True)
     with pytest.raises(ValueError, match="damping"):
         gptq(weight, np.eye(32), 32, True, damping=0.0)
-    with pytest.raises(np.linalg.LinAlgError):
+    with pytest.raises(torch.linalg.LinAlgError):
         gptq(weight, _moment(32) - 9 * np.eye(32), 32, True)
-    with pytest.raises(np.linalg.LinAlgError):
+    with pytest.raises(torch.linalg.LinAlgError):
         gptq(weight, np.full((32, 32), np.nan), 32, True)
 
 

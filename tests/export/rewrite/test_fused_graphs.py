@@ -183,15 +183,13 @@ def test_weights_of_different_width_stay_apart(fused: Fused, tmp_path: Path) -> 
     from edgestill.export.graph_io import load_graph
     from edgestill.export.linear_layers import Linear, find_weights
     from edgestill.export.nodes import constant_array
-    from edgestill.export.quantize import digest_of, ByValues
+    from edgestill.export.quantize import ByValues, digest_of
 
     _, graph, _ = fused("llama")
     first = next(w for w in find_weights(load_graph(graph.path).graph) if isinstance(w, Linear))
     matrix = constant_array(first.weight)
     path = tmp_path / "model.onnx"
-    quantize_graph(
-        graph.path, path, PrecisionSpec(), given=ByValues({digest_of(matrix): quantize_int8(matrix, 32)})
-    )
+    quantize_graph(graph.path, path, PrecisionSpec(), given=ByValues({digest_of(matrix): quantize_int8(matrix, 32)}))
     (outcome,) = join_weights(path)
     assert outcome.done == 3
     assert [reason.partition(": ")[2] for reason in outcome.left] == ["they differ in bits"]

@@ -16,6 +16,8 @@ from typing import Any
 
 MIB = 1 << 20
 POWER_PERIOD_S = 0.01
+BUS_ID_CHARACTERS = 16
+"""Room for a PCI bus id, which takes 13 with its end."""
 THROTTLE = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -31,11 +33,13 @@ JETSON_RAILS = ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_GPU_SOC", "POM_5V_IN")
 
 
 class Gpu:
-    """The first GPU, by NVML."""
+    """One GPU, by NVML: the one at a PCI bus id, or NVML's first."""
 
-    def __init__(self, nvml: Any) -> None:
+    def __init__(self, nvml: Any, bus_id: str | None = None) -> None:
         self._nvml = nvml
-        self._handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        self._handle = (
+            nvml.nvmlDeviceGetHandleByIndex(0) if bus_id is None else nvml.nvmlDeviceGetHandleByPciBusId(bus_id)
+        )
 
     def identity(self) -> dict[str, Any]:
         """name, compute_capability, driver, memory_mib, memory_bandwidth_gb_per_s (of its memory clock and bus width)."""
@@ -91,16 +95,58 @@ class Gpu:
 
 
 def open_gpu() -> Gpu | None:
-    """The first GPU, or None where NVML, its driver or a GPU is missing."""
+    """The GPU that engines run on, or None where NVML, its driver or a GPU is missing.
+
+    Of several, the one that CUDA calls its first; NVML's first where CUDA can't be asked.
+    """
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    try:
+        count = nvml.nvmlDeviceGetCount()
+        return Gpu(nvml, first_gpu() if count > 1 else None) if count else None  # one card: CUDA need not wake up
+    except nvml.NVMLError:
+        return None
+
+
+def first_gpu() -> str | None:
+    """The PCI bus id of the GPU that engines run on, such as 0000:3B:00.0; None without bindings, driver or GPU.
+
+    CUDA and NVML number cards differently: CUDA by speed, and only those of CUDA_VISIBLE_DEVICES.
+    """
+    try:
+        runtime: Any = importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        return None
+    code, found = runtime.cudaDeviceGetPCIBusId(BUS_ID_CHARACTERS, 0)
+    if int(code) != 0:
+        return None
+    text = found.decode("ascii", "replace") if isinstance(found, bytes) else str(found)
+    return text.partition("\0")[0]
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's own version, such as 580.65.06; None where NVML is missing or does not say."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    try:
+        return _text(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
+        return None
+
+
+def _nvml() -> Any:
+    """The NVML module, ready to be asked; None where it, the library or the driver is missing."""
     try:
         nvml = importlib.import_module("pynvml")
     except ModuleNotFoundError:
         return None
     try:
         nvml.nvmlInit()
-        return Gpu(nvml) if nvml.nvmlDeviceGetCount() else None
     except nvml.NVMLError:
         return None
+    return nvml
 
 
 class GpuEnergy:

@@ -25,6 +25,7 @@ from edgestill.runtime.errors import BadInput
 from edgestill.runtime.manifest import ModelFacts
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.statistics import Estimate, median
+from edgestill.runtime.workload import compile_before_measuring
 
 PROMPTS = (16, 64, 128, 256, 512, 1024, 2048)
 DEPTHS = PROMPTS
@@ -91,6 +92,8 @@ def sweep_task(bundle: Path, request: dict[str, Any], emit: Emit) -> dict[str, A
     from edgestill.runtime import load
 
     model = load(bundle, threads=request["threads"])
+    compile_before_measuring(model.backend)
+    compile_before_measuring(model.backend)
     rows = []
     for done, (kind, batch, tokens) in enumerate(request["cells"]):
         times = (

@@ -23,7 +23,7 @@ from edgestill.runtime.manifest import Graph
 STEP_INPUTS = ("input_ids", "position_ids", "write_indices", "logit_positions")
 """What differs from step to step; `key_positions` is always 0, 1, ..."""
 ATTENDED_STEP = 128
-"""A CUDA graph is captured for each number of attended slots that occurs."""
+"""A CUDA graph of the decode step is captured when the number of attended slots changes."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A TensorRT engine on an NVIDIA GPU: the cache stays on the device and is updated in place.
 
-A `Lane` is what one batch of rows needs: two execution contexts (prefill, decode), a stream, the cache, and CUDA graphs of the
-decode step, one for each number of attended slots. Lanes are kept and used again, so a text after the first allocates nothing.
+A `Lane` is what one batch of rows needs: two execution contexts (prefill, decode), a stream, the cache, and a CUDA graph of the
+decode step, recorded anew where the number of attended slots changes. Lanes are kept and used again, so a text after the first
+allocates nothing.
 Several states may be stepped from several threads; each has lanes of its own.
 
 No torch: memory, streams and graphs come from NVIDIA's bindings (engines/cuda.py).
@@ -10,7 +11,6 @@ No torch: memory, streams and graphs come from NVIDIA's bindings (engines/cuda.p
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -65,17 +65,19 @@ class TensorRTBackend:
         self.library, self.device = library, device
         self.engine = _open_engine(data, library, self._keep_line)
         _check_engine(self.engine, graph, library)
-        self._kernels, self._kept_bytes = kernels, 0
+        self._kernels = kernels
         compiled = b"" if kernels is None else kernels.read()
         self.running = library.running(self.engine, compiled)
-        self._kept_bytes = len(compiled)
+        self.ran: set[tuple[int, ...]] = set()
+        """Shapes that lanes ran, for each of which kernels may have been compiled."""
+        self._kept_bytes, self._kept_shapes = len(compiled), 0
         self.session: dict[str, Any] = {
             "engine": f"{library.flavour.name} {library.version}",
             "prefill_chunk": self.prefill_chunk,
             "cuda_graph": "by the runtime" if self.running.captures else "decode step captured",
         }
-        self._free: dict[int, list[Lane]] = {}
-        self._lock = threading.Lock()
+        self._free: dict[int, deque[Lane]] = {}
+        """Idle lanes by their rows. No lock: lanes come back from the garbage collector, which may run inside of any other."""
 
     def _keep_line(self, line: str) -> None:
         """The last messages of TensorRT, for an error to name."""
@@ -117,27 +119,39 @@ class TensorRTBackend:
         form = self.library.trt.LayerInformationFormat.ONELINE
         return str(inspector.get_engine_information(form)).splitlines()
 
+    def compile_first(self) -> None:
+        """From the next lane on: kernels of a new shape are compiled before it runs, not beside it (TensorRT-RTX).
+
+        For measurements: until a specialized kernel is ready a general one runs in its place, and would be what is measured.
+        Where nobody measures, a text begins at once, and is as fast when the kernels are there.
+        """
+        self.running = self.library.running(self.engine, b"", self.running)
+
     def _take(self, rows: int) -> Lane:
-        with self._lock:
-            kept = self._free.get(rows)
-            if kept:
-                return kept.pop()
-        return Lane(self, rows)
+        try:
+            return self._free[rows].pop()
+        except (KeyError, IndexError):
+            return Lane(self, rows)
 
     def _give_back(self, lanes: list[Lane]) -> None:
-        with self._lock:
-            for lane in lanes:
-                self._free.setdefault(lane.rows, []).append(lane)
+        for lane in lanes:
+            self._free.setdefault(lane.rows, deque()).append(lane)
         self._keep_kernels()
 
     def _keep_kernels(self) -> None:
-        """After a text, when nobody waits: keep what was compiled for the next process."""
-        if self._kernels is None:
+        """After a text, when nobody waits: keep what was compiled for the next process.
+
+        Asked for only after shapes that are new, and until it no longer grows: kernels may be finished after the text.
+        """
+        shapes = len(self.ran)
+        if self._kernels is None or shapes == self._kept_shapes:
             return
         compiled = self.running.compiled()
         if len(compiled) > self._kept_bytes:
             self._kernels.write(compiled)
             self._kept_bytes = len(compiled)
+        else:
+            self._kept_shapes = shapes
 
 
 class EngineState(FixedState):
@@ -184,7 +198,7 @@ def _open_engine(data: bytes, library: Library, line: Callable[[str], None]) -> 
         lines.append(text)
         line(text)
 
-    runtime = library.trt.Runtime(library.logger(keep))
+    runtime = library.runtime(keep)
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         why = next((text for text in lines if "error" in text.partition(":")[0]), "no reason was given")

@@ -58,12 +58,13 @@ class EngineBuilder:
         """The engine of `plan` for a card of `compute_capability` (None: the one at hand).
 
         Raises:
+            MissingPart: CUDA does not start.
             BadInput: TensorRT refuses the graph or the card; its first error stands in the line.
             BundleError: the graph is not what the manifest says.
         """
         trt = self._library.trt
         started = time.perf_counter()
-        builder = trt.Builder(self._library.logger(self._line))
+        builder = self._library.builder(self._line)
         network = self._library.network(builder)
         parser = trt.OnnxParser(network, builder.logger)
         if not parser.parse_from_file(str(graph_path)):  # by name, so that weights in a file beside it are found
@@ -74,8 +75,7 @@ class EngineBuilder:
         check_network(network, graph, facts, self._library.numpy_name)
         attention = self._library.let_attention_decompose(network)
         parsed = time.perf_counter()
-        config = builder.create_builder_config()
-        self._library.target(config, compute_capability)
+        config = self.config(builder, compute_capability)
         for profile in self.profiles(builder, plan, graph):
             if config.add_optimization_profile(profile) < 0:
                 raise BadInput(
@@ -93,6 +93,18 @@ class EngineBuilder:
         return BuiltEngine(
             bytes(data), network.num_layers, attention, parsed - started, time.perf_counter() - parsed, measured
         )
+
+    def config(self, builder: Any, compute_capability: str | None) -> Any:
+        """A builder's config for a card.
+
+        Raises:
+            BadInput: this flavour does not build for it.
+        """
+        config = builder.create_builder_config()
+        # without this the inspector names layers and no types: whether a product reads integers could not be seen
+        config.profiling_verbosity = self._library.trt.ProfilingVerbosity.DETAILED
+        self._library.target(config, compute_capability)
+        return config
 
     def profiles(self, builder: Any, plan: EnginePlan, graph: Graph) -> list[Any]:
         """The two optimization profiles, prefill first.
@@ -125,10 +137,11 @@ class EngineBuilder:
         return " ".join(self._errors[0].split())[:300] if self._errors else "no reason was given"
 
     def _timing_cache(self, config: Any, known: bytes) -> Any:
-        """The config's timing cache, filled with what is known; None where the flavour keeps none."""
+        """The config's timing cache, filled with what is known where this card takes it; None where the flavour keeps none."""
         if not self._library.flavour.times_kernels:
             return None
-        cache = config.create_timing_cache(known)
-        if cache is None or not config.set_timing_cache(cache, False):
-            return None
-        return config.get_timing_cache()
+        for content in dict.fromkeys((known, b"")):  # one of another card or version, or damaged, is replaced
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return config.get_timing_cache()
+        return None

@@ -47,6 +47,33 @@ class Library:
         self.trt: Any = module
         self.version = str(module.__version__)
 
+    def runtime(self, write: Callable[[str], None]) -> Any:
+        """A Runtime that logs to `write`.
+
+        Raises:
+            MissingPart: CUDA does not start.
+        """
+        return self._started(self.trt.Runtime, write)
+
+    def builder(self, write: Callable[[str], None]) -> Any:
+        """A Builder that logs to `write`.
+
+        Raises:
+            MissingPart: CUDA does not start.
+        """
+        return self._started(self.trt.Builder, write)
+
+    def _started(self, kind: Any, write: Callable[[str], None]) -> Any:
+        try:
+            return kind(self.logger(write))
+        except TypeError as refusal:
+            if "nullptr" not in str(refusal):  # the bindings' word for a factory that gave nothing
+                raise
+            raise MissingPart(
+                f"{self.flavour.name} {self.version} does not start: CUDA finds no GPU, or its driver is too old",
+                "run this on the target, or update its driver",
+            ) from refusal
+
     # build -----------------------------------------------------------------------------------------------------------
 
     def logger(self, write: Callable[[str], None]) -> Any:
@@ -136,13 +163,18 @@ class Library:
         }
         return names.get(kind, str(kind))
 
-    def running(self, engine: Any, compiled: bytes) -> Running:
-        """How contexts of `engine` are made; `compiled`: kernels that an earlier process compiled for it on this card."""
+    def running(self, engine: Any, compiled: bytes, before: Running | None = None) -> Running:
+        """How contexts of `engine` are made; `compiled`: kernels that an earlier process compiled for it on this card.
+
+        `before`: contexts share its kernels, and compile those of a new shape before it runs, not beside it.
+        """
         if self.flavour.times_kernels:
             return Running(engine, None, None)
         config = engine.create_runtime_config()
         config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        cache = config.create_runtime_cache()
+        kinds = self.trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = kinds.LAZY if before is None else kinds.EAGER
+        cache = config.create_runtime_cache() if before is None else before.cache
         if compiled:
             cache.deserialize(compiled)
         config.set_runtime_cache(cache)

@@ -31,7 +31,8 @@ class Nvml:
 
     def __init__(self, **answers: Any) -> None:
         self.answers = {
-            "nvmlDeviceGetHandleByIndex": "handle",
+            "nvmlDeviceGetHandleByIndex": "first of NVML",
+            "nvmlDeviceGetHandleByPciBusId": "of the bus id",
             "nvmlDeviceGetCudaComputeCapability": (8, 9),
             "nvmlDeviceGetName": b"NVIDIA GeForce RTX 4090",
             "nvmlSystemGetDriverVersion": "580.65.06",
@@ -107,6 +108,23 @@ def test_memory_of_this_process_or_else_the_growth_of_all() -> None:
     hidden.answers["nvmlDeviceGetMemoryInfo"] = SimpleNamespace(total=0, used=1200 * MIB)
     memory.look()
     assert (memory.peak_mib, memory.by_process) == (700, False)
+
+
+@pytest.mark.parametrize(
+    ("cards", "bus_id", "handle"),
+    [(2, "0000:3B:00.0", "of the bus id"), (2, None, "first of NVML"), (1, "0000:3B:00.0", "first of NVML")],
+)
+def test_of_several_cards_the_one_that_cuda_uses(
+    cards: int, bus_id: str | None, handle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_module, "first_gpu", lambda: bus_id)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(nvmlInit=None, nvmlDeviceGetCount=cards))
+    gpu = gpu_module.open_gpu()
+    assert gpu is not None and gpu._handle == handle
+    assert gpu_module.driver_version() == "580.65.06"
+    unknown = Nvml(nvmlInit=None, nvmlDeviceGetCount=2, nvmlDeviceGetHandleByPciBusId=NVMLError())
+    monkeypatch.setitem(sys.modules, "pynvml", unknown)
+    assert (gpu_module.open_gpu() is None) == (bus_id is not None), "never another card than the one that is used"
 
 
 def rail(root: Path, number: int, label: str, millivolts: int, milliamperes: int) -> None:

@@ -7,12 +7,14 @@ import gc
 import itertools
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from engines import make_engine_bundle
 from host_device import HostDevice, HostLibrary
 
+from edgestill.runtime.backends import fixed_cache
 from edgestill.runtime.backends.ort import OrtBackend
 from edgestill.runtime.backends.tensorrt import TensorRTBackend
 from edgestill.runtime.bundle import open_bundle
@@ -95,6 +97,64 @@ def test_the_decode_step_is_recorded_once_and_replayed(folder: Path) -> None:
     assert (device.captured, device.replayed) == (1, 10), "a lane that was used before keeps what it recorded"
 
 
+def test_another_number_of_attended_slots_is_recorded_anew_and_one_recording_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's contexts assert that none is replayed after its context took another shape."""
+    monkeypatch.setattr(fixed_cache, "ATTENDED_STEP", 16)
+    ours, theirs, device = backends(folder)
+    ids = np.random.default_rng(7).integers(0, 300, (1, 50))
+    for text in range(2):
+        mine, other = ours.new_state(1, 50), theirs.new_state(1, 50)
+        for i in range(50):
+            np.testing.assert_array_equal(ours.step(mine, ids[:, i : i + 1]), theirs.step(other, ids[:, i : i + 1]))
+            assert len(device.graphs) == 1
+        assert device.captured == 4 * (text + 1)
+        del mine
+        gc.collect()
+
+
+def test_a_step_that_was_interrupted_is_waited_for_before_its_buffers_are_used_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs, device = backends(folder)
+    ids = np.random.default_rng(8).integers(0, 300, (3, 9))
+    mine, other = ours.new_state(3, 20), theirs.new_state(3, 20)  # rows beyond the engine's batch of 2: two lanes
+    real, waits = HostDevice.wait, itertools.count()
+
+    def wait(device: HostDevice, stream: int) -> None:
+        if next(waits) == 2:  # both steps are started, the first is about to be finished
+            raise KeyboardInterrupt
+        real(device, stream)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostDevice, "wait", wait)
+        with pytest.raises(KeyboardInterrupt):
+            ours.step(mine, ids[:, :6])
+    assert all(device.pending.values())
+    for part in (ids[:, :3], ids[:, 3:8], ids[:, 8:]):
+        np.testing.assert_array_equal(ours.step(mine, part), theirs.step(other, part))
+
+
+def test_lanes_come_back_while_another_is_taken(folder: Path) -> None:
+    """As when the garbage collector runs in the middle of it: nothing may wait for itself."""
+    ours, _, _ = backends(folder)
+    lanes = [ours._take(1) for _ in range(2)]
+
+    class Collecting(dict):  # type: ignore[type-arg]
+        def __getitem__(self, rows: int) -> object:
+            if lanes:
+                ours._give_back([lanes.pop()])
+            return super().__getitem__(rows)
+
+    ours._free = Collecting()
+    taken: list[object] = []
+    thread = threading.Thread(target=lambda: taken.extend(ours._take(1) for _ in range(2)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert len(taken) == 2 and not lanes
+
+
 def test_texts_after_the_first_allocate_nothing_and_all_is_given_back(folder: Path) -> None:
     ours, _, device = backends(folder)
     for _ in range(3):
@@ -103,9 +163,11 @@ def test_texts_after_the_first_allocate_nothing_and_all_is_given_back(folder: Pa
         del state
         gc.collect()
         assert len(device.held) == 1
+    ours.step(ours.new_state(1, 20), np.ones((1, 1), np.int64))
     del ours
     gc.collect()
-    assert not device.held
+    assert not device.held and not device.pending and not device.graphs
+    assert device.events == ["close graph", "free", "close stream"]
 
 
 def test_what_a_lane_held_before_is_never_seen(folder: Path) -> None:
@@ -159,13 +221,7 @@ def test_two_texts_at_once_are_independent(folder: Path) -> None:
         state = ours.new_state(1, 40)
         found[which] = np.concatenate([ours.step(state, ids[which][:, i : i + 1]).copy() for i in range(30)], axis=1)
 
-    run(0)  # the host device has one log for what is captured: record both lanes' steps first
     threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1)]
-    states = [ours.new_state(1, 40) for _ in range(2)]
-    for state in states:
-        ours.step(state, ids[0][:, :1])
-    del states, state
-    gc.collect()
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,6 +246,38 @@ def test_kernels_are_kept_after_a_text_for_the_next_process(folder: Path) -> Non
     path = kernels._path
     path.write_bytes(path.read_bytes() + b"planted")
     assert kernels.read() == b"", "what this machine did not seal is not used"
+
+
+def test_kernels_are_asked_for_after_new_shapes_only(folder: Path) -> None:
+    ours, _, device = backends(folder)
+    kept: list[bytes] = []
+    kernels = SimpleNamespace(read=lambda: b"", write=kept.append)
+    library = ours.library
+    backend = TensorRTBackend(b"engine", library, device, ours.plan, ours.graph, ours.facts, kernels)
+    for prompt, asked in ((3, 1), (3, 2), (3, 2), (3, 2), (4, 3)):  # once more than it grows: some may be late
+        backend.step(backend.new_state(1, 8), np.ones((1, prompt), np.int64))
+        gc.collect()
+        assert library.serialized == asked  # type: ignore[attr-defined]
+    assert kept == [b"k"]
+
+
+def test_kernels_are_not_kept_where_home_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgestill.runtime.engines import trust
+    from edgestill.runtime.engines.plan import EnginePlan, fingerprint_of
+    from edgestill.runtime.engines.store import CompiledKernels
+
+    plan = EnginePlan("tensorrt-rtx", "int4", "model.onnx", "", 128, 1, 128, 1, 64, 96)
+    kernels = CompiledKernels(fingerprint_of(plan, "1.7", "8.9", None), "580.65.06")
+    kernels.write(b"compiled")
+    assert kernels.read() == b"compiled"
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(trust, "_make_key", refuse)
+    trust.home().joinpath("machine.key").unlink()
+    kernels.write(b"more")  # after a text, inside of the garbage collector: it may not raise
+    assert kernels.read() == b""
 
 
 def test_what_does_not_fit_is_refused(folder: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_cuda_call_that_fails_says_which_and_how_much(monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.import_module", lambda _: fake)
     cuda = Cuda()
     with pytest.raises(CudaError, match=r"cudaMalloc of 64.0 MiB failed: out of memory; free device memory"):
-        cuda.allocate(64 << 20)
+        cuda.allocate(64 << 20, 1)
 
 
 @no_gpu

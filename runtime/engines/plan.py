@@ -14,10 +14,11 @@ from typing import Any
 from edgestill.runtime.backends import PREFILL_CHUNK, chunk_tokens
 from edgestill.runtime.backends.fixed_cache import capacity_of
 from edgestill.runtime.engines.capabilities import engine_problem
+from edgestill.runtime.engines.flavour import FLAVOURS
 from edgestill.runtime.errors import BadInput, BundleError
 from edgestill.runtime.manifest import Graph, Manifest, ModelFacts, canonical_json
 
-REVISION = 1
+REVISION = 2
 """Of how engines are built here; raise it when the same graph would give another engine."""
 PREFILL, DECODE = 0, 1
 """The two optimization profiles, by number."""
@@ -115,9 +116,11 @@ class Fingerprint:
     version: str
     compute_capability: str
     system: str
-    """Operating system and processor architecture."""
+    """Operating system and processor architecture; for an engine that is finished by its builder the system's version too."""
     driver: str | None
     """None for an engine built ahead, whose flavour is finished by the driver at hand."""
+    gpu: str | None
+    """The card's name where kernels were chosen on it; None where they are compiled on the card."""
     plan: EnginePlan
     revision: int = REVISION
 
@@ -141,10 +144,23 @@ def _flat(fingerprint: Fingerprint) -> dict[str, Any]:
     return {**fields.pop("plan"), **fields}
 
 
-def fingerprint_of(plan: EnginePlan, version: str, compute_capability: str, driver: str | None) -> Fingerprint:
-    """The fingerprint of `plan` on a card."""
+def fingerprint_of(
+    plan: EnginePlan, version: str, compute_capability: str, driver: str | None, gpu: str | None = None
+) -> Fingerprint:
+    """The fingerprint of `plan` on a card; `gpu`: its name, which tells where the builder chose kernels by timing them there."""
     system = f"{platform.system().lower()} {platform.machine().lower()}"
-    return Fingerprint(plan.flavour, version, compute_capability, system, driver, plan)
+    if not FLAVOURS[plan.flavour].times_kernels:
+        return Fingerprint(plan.flavour, version, compute_capability, system, driver, None, plan)
+    return Fingerprint(plan.flavour, version, compute_capability, f"{system} {_system_version()}", driver, gpu, plan)
+
+
+def _system_version() -> str:
+    """Of the operating system: `ubuntu 24.04`, or the release where it has no such file."""
+    try:
+        found = platform.freedesktop_os_release()
+    except OSError:
+        return platform.release()
+    return f"{found['ID']} {found.get('VERSION_ID', '')}".strip()
 
 
 def fingerprint_from(fields: dict[str, Any]) -> Fingerprint:

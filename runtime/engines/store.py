@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def wanted(bundle: Bundle, version: str, target: Target) -> tuple[EnginePlan, Fi
     """
     plan = plan_of(bundle.manifest)
     refuse_card(plan, target.compute_capability, target.gpu)
-    return plan, fingerprint_of(plan, version, target.compute_capability, target.driver)
+    return plan, fingerprint_of(plan, version, target.compute_capability, target.driver, target.gpu)
 
 
 def find_engine(bundle: Bundle, version: str, target: Target) -> StoredEngine | None:
@@ -103,11 +104,14 @@ class CompiledKernels:
         except OSError:
             return b""
         sealed, data = content[:SEAL_CHARACTERS], content[SEAL_CHARACTERS:]
-        return data if is_sealed(data, self._name, sealed.decode("ascii", "replace")) else b""
+        try:
+            return data if is_sealed(data, self._name, sealed.decode("ascii", "replace")) else b""
+        except OutputRefused:  # no key: nothing that this machine sealed
+            return b""
 
     def write(self, data: bytes) -> None:
         """Keep `data`; where the folder can't be written the next process compiles again."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OutputRefused):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, seal(data, self._name).encode() + data)
 
@@ -156,11 +160,15 @@ def _build(
 ) -> StoredEngine:
     from edgestill.runtime.workload import peak_resident_mib
 
+    seal(b"", fingerprint.digest)  # a key that can't be kept is refused before the minutes that a build takes
     lines: list[str] = []
     builder = EngineBuilder(
         library, lines.append, None if emit is None else lambda _, done, total: emit(done, total, "steps")
     )
-    timing = home() / "timing" / f"{plan.flavour}-{library.version}-{target.compute_capability}"
+    card = re.sub("[^a-z0-9]+", "-", (target.gpu or "").lower()).strip("-")
+    timing = (
+        home() / "timing" / "-".join(filter(None, (plan.flavour, library.version, target.compute_capability, card)))
+    )
     known = timing.read_bytes() if timing.is_file() else b""
     started = time.perf_counter()
     try:
@@ -226,8 +234,8 @@ def _shipped(bundle: Bundle, fingerprint: Fingerprint) -> StoredEngine | None:
     name = f"{SHIPPED}/{fingerprint.digest}.engine"
     if name not in bundle:
         return None
-    data = bundle.path(name).read_bytes()
-    if not bundle.verify and hashlib.sha256(data).hexdigest() != bundle.manifest.files[name].sha256:
+    data = (bundle.folder / name).read_bytes()
+    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[name].sha256:  # of the very bytes that are opened
         raise BundleError(
             f"{bundle.folder / name}: is not the engine that the manifest declares; copy the bundle again"
         )

@@ -6,6 +6,7 @@ bytes), so an engine that somebody put into a bundle's local/ reads as absent an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -13,7 +14,6 @@ import secrets
 from pathlib import Path
 
 from edgestill.runtime.errors import OutputRefused
-from edgestill.runtime.files import write_atomically
 
 KEY_BYTES = 32
 SEAL_CHARACTERS = 64
@@ -52,8 +52,7 @@ def _key() -> bytes:
             key = path.read_bytes()
         except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(path, secrets.token_bytes(KEY_BYTES))
-            path.chmod(0o600)
+            _make_key(path)
             key = path.read_bytes()
     except OSError as error:
         raise OutputRefused(
@@ -64,3 +63,17 @@ def _key() -> bytes:
             f"{path}: holds {len(key)} bytes, not a key of {KEY_BYTES}; delete it, and engines are built anew"
         )
     return key
+
+
+def _make_key(path: Path) -> None:
+    """Write a key that nobody else may read at any moment; of two who are first at once, the first one's stays."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
+            handle.write(secrets.token_bytes(KEY_BYTES))
+            handle.flush()
+            os.fsync(handle.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(beside, path)  # whole or not at all, and never over another's
+    finally:
+        beside.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ import pytest
 from engines import make_engine_bundle
 
 from edgestill.runtime.bundle import open_bundle, verify_bundle
-from edgestill.runtime.engines import store
+from edgestill.runtime.engines import store, trust
 from edgestill.runtime.engines.builder import BuiltEngine
+from edgestill.runtime.engines.plan import fingerprint_of, plan_of
 from edgestill.runtime.engines.store import Target, build_engine, find_engine, others, places, wanted
+from edgestill.runtime.engines.trust import seal
 from edgestill.runtime.errors import BadInput, BundleError, OutputRefused
 from edgestill.runtime.manifest import MANIFEST
 
@@ -68,7 +71,7 @@ def test_measured_kernel_times_are_used_again_and_never_come_from_a_bundle(bundl
     other = open_bundle(make_engine_bundle(tmp_path / "other", weights="int4"))
     build_engine(other, LIBRARY, HERE)
     assert [timing for _, timing in Counting.asked] == [b"", b"times"]
-    assert (tmp_path / "home" / "timing" / "tensorrt-rtx-1.7-8.9").is_file()
+    assert (tmp_path / "home" / "timing" / "tensorrt-rtx-1.7-8.9-nvidia-card").is_file()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,54 @@ def test_the_key_stays_with_its_user(bundle: Any, tmp_path: Path) -> None:
         find_engine(bundle, "1.7", HERE)
 
 
+def test_the_key_of_two_who_are_first_at_once_is_one_and_nobody_else_can_ever_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGESTILL_HOME", str(tmp_path / "home"))
+    modes: set[int] = set()
+    real, both = os.link, threading.Barrier(4)
+
+    def link(source: Path, target: Path) -> None:
+        both.wait(30)  # all have made theirs
+        modes.add(source.stat().st_mode & 0o777)
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    found: list[str] = []
+    before = os.umask(0)
+    try:
+        threads = [threading.Thread(target=lambda: found.append(seal(b"engine", "fingerprint"))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        os.umask(before)
+    assert len(found) == 4 and len(set(found)) == 1 and modes == {0o600}
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["machine.key"]
+
+
+def test_a_home_that_keeps_no_key_is_refused_before_the_build(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(trust, "_make_key", refuse)
+    with pytest.raises(OutputRefused, match=r"key for engines can't be kept \(Permission denied\); set EDGESTILL_HOME"):
+        build_engine(bundle, LIBRARY, HERE)
+    assert not Counting.asked
+
+
+def test_an_engine_of_timed_kernels_is_of_one_card_and_one_system(bundle: Any) -> None:
+    """TensorRT-RTX finishes its engines on the card: there neither matters."""
+    plan = plan_of(bundle.manifest)
+    rtx = [fingerprint_of(plan, "1.7", "8.9", "580", gpu) for gpu in ("L4", "RTX 4090")]
+    assert rtx[0] == rtx[1] and rtx[0].gpu is None and len(rtx[0].system.split()) == 2
+    full = dataclasses.replace(plan, flavour="tensorrt")
+    l4, ada = (fingerprint_of(full, "11.4", "8.9", "580", gpu) for gpu in ("L4", "RTX 4090"))
+    assert l4.differences(ada) == ["gpu: RTX 4090, here L4"]
+    assert len(l4.system.split()) > 2, "the version of the system is part of it"
+
+
 def test_of_two_at_once_one_builds(bundle: Any) -> None:
     found = []
     threads = [threading.Thread(target=lambda: found.append(build_engine(bundle, LIBRARY, HERE))) for _ in range(3)]
@@ -182,7 +233,10 @@ def test_a_shipped_engine_needs_the_manifests_hash(bundle: Any, tmp_path: Path) 
     shipping = open_bundle(target)
     found = find_engine(shipping, "1.7", HERE)
     assert found is not None and found.data == b"shipped"
+    shipping.path(name)  # its hash was right when it was looked at
     (target / name).write_bytes(b"planted")
+    with pytest.raises(BundleError, match=r"is not the engine that the manifest declares"):
+        find_engine(shipping, "1.7", HERE)
     for verify in (True, False):  # what is executed is hashed even where the caller skips hashes
         with pytest.raises(BundleError, match=r"sha256 is|is not the engine that the manifest declares"):
             find_engine(open_bundle(target, verify), "1.7", HERE)

@@ -23,7 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgestill.profiles.schema import CPU_ENGINE, Profile
-from edgestill.runtime.engines.capabilities import engine_problem
+from edgestill.runtime.engines.capabilities import Problem, engine_problem
 from edgestill.runtime.errors import BadInput
 
 MIB = float(1 << 20)
@@ -31,6 +31,9 @@ MIB = float(1 << 20)
 CUDA_ENGINE = "onnxruntime-cuda"
 CPU_WEIGHTS = ("float32", "int8", "int4", "nf4", "fp4")
 """Precisions built for the CPU engine: ONNX Runtime has no fast CPU kernels for the 16- and 8-bit floats."""
+
+NOT_IN_CUDA = ("bfloat16", "fp8")
+"""Precisions that ONNX Runtime's CUDA provider is not given: what goes in and out passes numpy, which has neither type."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +117,7 @@ def predict(size: ModelSize, profile: Profile) -> Prediction:
 
 def engine_field(profile: Profile) -> str:
     """The word of the profile that `precision_problem` is about."""
-    device = profile.device
-    if not device.on_gpu:
-        return "precision.weights"
-    flavour = "tensorrt" if device.engine == CUDA_ENGINE else device.engine
-    problem = engine_problem(flavour, device.compute_capability or "", profile.precision.weights, device.gpu)
+    problem = _card_problem(profile) if profile.device.on_gpu else None
     return "precision.weights" if problem is None else problem.field
 
 
@@ -129,11 +128,22 @@ def precision_problem(profile: Profile) -> str | None:
         if weights in CPU_WEIGHTS:
             return None
         return f"'{weights}' is not built for engine {CPU_ENGINE}; use {', '.join(CPU_WEIGHTS)}"
-    flavour = "tensorrt" if device.engine == CUDA_ENGINE else device.engine
-    problem = engine_problem(flavour, device.compute_capability or "", weights, device.gpu)
+    problem = _card_problem(profile)
     if problem is None and weights == "int4" and not profile.precision.symmetric:
         return "'int4' with zero points has no kernel in an engine; use symmetric: true"
     return None if problem is None else problem.line
+
+
+def _card_problem(profile: Profile) -> Problem | None:
+    """What the engine says of the card and of the weights."""
+    device, weights = profile.device, profile.precision.weights
+    capability = device.compute_capability or ""
+    if device.engine != CUDA_ENGINE:
+        return engine_problem(device.engine, capability, weights, device.gpu)
+    if weights in NOT_IN_CUDA:
+        line = f"'{weights}' is not run by engine {CUDA_ENGINE}; use float16, or engine tensorrt or tensorrt-rtx"
+        return Problem("precision.weights", line)
+    return engine_problem("tensorrt", capability, weights, device.gpu, name=CUDA_ENGINE)
 
 
 def refuse_impossible(size: ModelSize, profile: Profile, name: str = "profile") -> None:

@@ -65,20 +65,23 @@ class Problem:
     line: str
 
 
-def engine_problem(flavour: str, compute_capability: str, weights: str, gpu: str | None = None) -> Problem | None:
-    """Why `flavour` makes no engine with such weights for that card; None when it does."""
+def engine_problem(
+    flavour: str, compute_capability: str, weights: str, gpu: str | None = None, *, name: str | None = None
+) -> Problem | None:
+    """Why `flavour` makes no engine with such weights for that card; None when it does. `name`: of an engine that goes by its
+    table."""
     known = PRECISIONS[flavour]
     card = f"{gpu or 'a card'} of compute capability {compute_capability}"
     if compute_capability not in known:
-        others = [name for name, cards in PRECISIONS.items() if name != flavour and compute_capability in cards]
+        others = [other for other, cards in PRECISIONS.items() if other != flavour and compute_capability in cards]
         repair = f"use engine {others[0]}" if others else f"it knows {', '.join(known)}"
-        return Problem("device.compute_capability", f"{flavour} builds nothing for {card}; {repair}")
+        return Problem("device.compute_capability", f"{name or flavour} builds nothing for {card}; {repair}")
     if weights in ("nf4", "fp4"):
         return Problem(
             "precision.weights",
-            f"'{weights}' of bitsandbytes has no kernel in {flavour}; use int4 or int8, and train the student on that grid",
+            f"'{weights}' of bitsandbytes has no kernel in {name or flavour}; use int4 or int8, and train the student on that grid",
         )
     if weights not in known[compute_capability]:
         fitting = ", ".join(reversed(known[compute_capability]))
-        return Problem("precision.weights", f"'{weights}' is beyond {card} in {flavour}; use {fitting}")
+        return Problem("precision.weights", f"'{weights}' is beyond {card} in {name or flavour}; use {fitting}")
     return None

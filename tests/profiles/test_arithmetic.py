@@ -189,6 +189,34 @@ def test_precisions_that_an_engine_or_gpu_lacks(weights: str, gpu: str | None, p
         assert refusal(HAND, given) == [f"profile mine: precision.weights: {problem}"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "gpu", "problem"),
+    [
+        ("bfloat16", "8.9", "'bfloat16' is not run by engine onnxruntime-cuda; use float16, or engine tensorrt or"),
+        ("fp8", "8.9", "'fp8' is not run by engine onnxruntime-cuda; use float16, or engine tensorrt or tensorrt-rtx"),
+        ("nf4", "8.9", "'nf4' of bitsandbytes has no kernel in onnxruntime-cuda; use int4 or int8"),
+        ("int4", "7.5", "'int4' is beyond a card of compute capability 7.5 in onnxruntime-cuda; use int8"),
+        ("float16", "8.9", None),
+        ("int4", "8.9", None),
+    ],
+)
+def test_precisions_that_the_cuda_provider_lacks(weights: str, gpu: str, problem: str | None, tmp_path: Path) -> None:
+    given = profile(weights, gpu=gpu, device={"engine": "onnxruntime-cuda"})
+    found = precision_problem(given)
+    assert found is None if problem is None else str(found).startswith(problem)
+    path = tmp_path / "card.yaml"
+    device = "{arch: x86_64, engine: onnxruntime-cuda, memory_mib: 8192, memory_bandwidth_gb_per_s: 1008"
+    path.write_text(
+        f'format: 1\ndevice:\n  {device}, gpu: NVIDIA X, compute_capability: "{gpu}"}}\nprecision: {{weights: {weights}}}\n'
+    )
+    if problem is None:
+        assert load_profile(str(path)).profile.precision.weights == weights
+        return
+    with pytest.raises(BadInput, match=r"card.yaml:4: precision.weights: ") as caught:
+        load_profile(str(path))
+    assert "onnxruntime-cuda; use" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", packaged("profiles"))
 def test_packaged_profiles_ask_nothing_impossible(name: str) -> None:
     """cpu-x86 is tight around the quickstart's student; the others leave room for a hundred times as many parameters."""

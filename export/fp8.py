@@ -1,4 +1,7 @@
-"""Weights in fp8 (E4M3) with one scale per output channel: what engines multiply by where the card has the type.
+"""Weights in fp8 (E4M3) with one scale per output channel, dequantized before a 16-bit product.
+
+Activations stay in 16 bits: half the bytes of float16 ship, and an engine that keeps them reads half as many; it does not multiply
+in 8 bits (runtime/engines/capabilities.py says what each TensorRT promises).
 
     w' = code * scale,  scale = max |w| / 448,  code = the nearest of the 253 finite E4M3 values (ties to even)
 

@@ -11,7 +11,9 @@ Rules of storage (1 MiB = 2**20 bytes), for linear layers, head and input table 
     cache              keys and values of every layer: float32 on a CPU, 2 bytes on a GPU (float32 when the weights are)
 
 Norms and biases count as if they were stored like the rest: below 0.1 % of any model worth shipping. Where an ONNX
-Runtime has no lookup in blocks of integers, the table is float32 beside the rest; so all of this is a floor.
+Runtime has no lookup in blocks of integers, the table is float32 beside the rest; so all of this is a floor. An engine may widen
+weights when it is built, as the full TensorRT may do with int8 and fp8 whose activations are not quantized: it then takes and reads
+what float16 does, twice the floor (runtime/engines/capabilities.py).
 
 A decode step reads every weight of the linear layers and the head once, and the cache of every sequence. With B bytes a
 step and a bandwidth of W bytes/s there are at most W / B steps a second: SmolLM-135M at int4 block 32 (84 MB of weights)

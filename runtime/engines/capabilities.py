@@ -1,13 +1,23 @@
 """What each generation of NVIDIA GPUs can do in an engine, per flavour of TensorRT: known before any work, refused with the reason.
 
-The table says which precisions of weights an engine may have: float types compute in themselves, int8 and int4 are weights that
-are dequantized inside the product (weight-only), fp8 multiplies in 8 bits.
+The table says which precisions of weights an engine may have. Float types compute in themselves; int8, int4 and fp8 are weights
+that are dequantized before a 16-bit product (weight-only), as our graphs write them: activations are never quantized.
+
+What the documentation promises of those, and no card has shown yet: TensorRT-RTX lists weight-only products of int8 and int4, and
+its engines keep int8 and fp8 weights at 8 bits (benchmarks/results/engine_sizes.json). The full TensorRT names weight-only
+products for int4 alone, and int8 and fp8 where activations are quantized too: it may widen such weights to 16 bits when it builds.
+The file that ships is half the size all the same; the engine and its speed may be those of float16. `edgestill engine` prints the
+engine's size.
 
 Sources: TensorRT-RTX support matrix, table "Hardware and Precision"
 (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html; 8.0 and 12.1 as the builder of
-TensorRT-RTX 1.7 offers them); TensorRT support matrix (https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/
-support-matrix.html): bfloat16 from 8.0, fp8 from 8.9, weight-only int4 from 8.0. 8.7 is Jetson Orin, which TensorRT-RTX does not
-run on; so are the data-centre cards 9.0 and 10.x.
+TensorRT-RTX 1.7 offers them; float32 on 7.5 has a footnote there); TensorRT support matrix
+(https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html): bfloat16 from 8.0, fp8 from 8.9,
+weight-only int4 from 8.0; quantized types
+(https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html); 10.1
+(https://developer.nvidia.com/docs/drive/drive-os/7.0.3/public/drive-os-tensorrt-release-notes/release-properties.html). 8.7 is
+Jetson Orin, which TensorRT-RTX does not run on; nor does it on Thor (10.1 before CUDA 13, 11.0 from it on) and the data-centre
+cards 9.0 and 10.x.
 """
 
 from __future__ import annotations
@@ -27,7 +37,9 @@ PRECISIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "8.9": ADA,
         "9.0": ADA,
         "10.0": ADA,
+        "10.1": ADA,
         "10.3": ADA,
+        "11.0": ADA,
         "12.0": ADA,
         "12.1": ADA,
     },
@@ -49,7 +61,9 @@ EXAMPLES = {
     "8.9": "GeForce RTX 4090, L4",
     "9.0": "H100, H200",
     "10.0": "B200",
+    "10.1": "Thor, before CUDA 13",
     "10.3": "B300",
+    "11.0": "Jetson Thor",
     "12.0": "GeForce RTX 5090",
     "12.1": "GB10",
 }

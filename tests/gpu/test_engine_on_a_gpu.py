@@ -9,9 +9,11 @@ import gc
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from engines import make_engine_bundle
 
+from edgestill.runtime.backends import fixed_cache
 from edgestill.runtime.backends.ort import OrtBackend
 from edgestill.runtime.backends.tensorrt import TensorRTBackend
 from edgestill.runtime.bundle import open_bundle
@@ -83,6 +85,39 @@ def test_greedy_tokens_agree_but_for_ties(models: tuple[Model, Model]) -> None:
             assert row.max() - row[token] <= TIE, "another token, and no tie"
             compared += 1
     assert compared >= 500
+
+
+def test_steps_are_recorded_anew_where_more_is_attended(
+    models: tuple[Model, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every 16 tokens instead of 128, so that a short text crosses it; twice, so that the second finds what the first left."""
+    prompt = np.random.default_rng(1).integers(1, 300, 10).tolist()
+    wanted = models[0].generate(prompt, max_new_tokens=100, temperature=0.0).token_ids
+    monkeypatch.setattr(fixed_cache, "ATTENDED_STEP", 16)
+    for _ in range(2):
+        logits = [
+            np.concatenate(
+                [x.copy() for _, x in model.forward_windows(np.array([[*prompt, *wanted]]), "cached")], axis=1
+            )
+            for model in models
+        ]
+        assert np.abs(logits[0] - logits[1]).max() <= 0.05 * np.abs(logits[1]).max()
+
+
+def test_onnxruntime_on_cuda_agrees(tmp_path: Path) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs pip install 'edgestill[cuda]'")
+    bundle = open_bundle(make_engine_bundle(tmp_path / "bundle", "llama", "float16", engine="onnxruntime-cuda"))
+    cpu = OrtBackend(bundle.path("model.onnx"), bundle.manifest.model, bundle.manifest.graph)
+    ours = load(bundle.folder)
+    print(ours.backend.session["cuda_graph"])
+    ids = np.random.default_rng(0).integers(0, 300, (2, 96))
+    for path in ("prefill", "cached"):
+        got, wanted = (
+            np.concatenate([x.copy() for _, x in model.forward_windows(ids, path)], axis=1)  # type: ignore[arg-type]
+            for model in (ours, Model(bundle, cpu))
+        )
+        assert np.abs(got - wanted).max() <= 0.05 * np.abs(wanted).max()
 
 
 def test_no_memory_grows(models: tuple[Model, Model]) -> None:

@@ -237,7 +237,7 @@ def test_a_card_that_a_flavour_does_not_know_is_named_where_it_stands(tmp_path: 
     given = profile(gpu="7.0")
     assert refusal(HAND, given) == [
         "profile mine: device.compute_capability: tensorrt builds nothing for a card of compute capability 7.0; "
-        "it knows 7.5, 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0, 12.1"
+        "it knows 7.5, 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.1, 10.3, 11.0, 12.0, 12.1"
     ]
 
 

@@ -11,7 +11,7 @@ from edgestill.runtime.engines.capabilities import EXAMPLES, PRECISIONS, engine_
 
 
 def test_both_flavours_know_the_cards_that_the_documentation_names() -> None:
-    assert set(PRECISIONS["tensorrt"]) >= {"7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "12.0"}
+    assert set(PRECISIONS["tensorrt"]) >= {"7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.1", "11.0", "12.0"}
     assert set(PRECISIONS["tensorrt-rtx"]) == {"7.5", "8.0", "8.6", "8.9", "12.0", "12.1"}
     assert {card for cards in PRECISIONS.values() for card in cards} == set(EXAMPLES)
 

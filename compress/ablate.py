@@ -95,6 +95,7 @@ def ablate(
     jobs: int,
     held_out: bool,
     seal: bool = False,
+    first_seed: int | None = None,
     progress: Progress,
 ) -> Result:
     """`edgestill ablate`: run what is missing, write the tables, and hand back what they hold, `failures` included.
@@ -119,7 +120,7 @@ def ablate(
         sealed = identity(corpus.held_out) if seal and not held_out else None
         shared = Shared(space, corpus, stage.key, part, judged, sealed, given, {}, {})
         _calibrate(shared, chosen.rows)
-        first = loaded.recipe.train.seed
+        first = loaded.recipe.train.seed if first_seed is None else first_seed
         results, failures = _students(shared, chosen.rows, range(first, first + seeds), jobs)
         targets = _targets(shared, chosen.rows, first)
         table = summary(loaded.name, chosen, results, targets, failures)

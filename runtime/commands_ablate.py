@@ -19,6 +19,9 @@ def ablate(
         Path | None, typer.Option(metavar="DIR", help="Where to work; build/<recipe> when left out.")
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Students per row, seeds from the recipe's on.")] = 3,
+    first_seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="The first of them; the recipe's when left out.")
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Train on N tokens instead of the recipe's.")
     ] = None,
@@ -63,6 +66,7 @@ def ablate(
                 jobs=jobs,
                 held_out=held_out,
                 seal=seal,
+                first_seed=first_seed,
                 progress=progress,
             )
     except KeyboardInterrupt:

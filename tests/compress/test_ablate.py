@@ -166,6 +166,18 @@ def test_sealed_results_are_those_of_held_out_and_need_no_student(place: Path, t
     assert [row["perplexity"] for row in asked["rows"]] == [row["perplexity"] for row in opened["rows"]]
 
 
+def test_one_seed_alone_is_that_of_the_whole(place: Path, table: dict[str, Any], tmp_path: Path) -> None:
+    """Machines share a study: each takes a seed, and the JSON files are put together."""
+    alone = run(
+        place / "recipe.yaml", tmp_path / "out", rows=place / "rows.yaml", seeds=1, first_seed=1, only=["one teacher"]
+    )
+    assert [row["seeds"] for row in alone["rows"]] == [[1], [1]]
+    for name in ("default-1.json", "one-teacher-1.json"):
+        ours, theirs = (read_json(root / "out/ablate" / name) for root in (tmp_path, place))
+        assert ours["key"] == theirs["key"]
+        assert ours["windows"] == theirs["windows"]
+
+
 def test_a_row_that_fails_does_not_lose_the_others_and_tokens_are_everyones(place: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.yaml"
     diverges = "  diverges: {train: {learning_rate: 1.0e+18, max_grad_norm: 1.0e+18, warmup_fraction: 0}}\n"

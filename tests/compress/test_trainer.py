@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from recipes import write_recipe
-from training import REMEMBERING, furthest, learn, numbers, prepared, with_uneven_mask
+from training import ALIGNED, REMEMBERING, furthest, learn, numbers, prepared, with_uneven_mask
 
 from edgestill.compress import checkpoints
 from edgestill.compress.training_log import read_log
@@ -46,6 +46,17 @@ def test_four_micro_steps_are_one(name: str, tmp_path: Path) -> None:
     assert furthest(whole, split) < 2e-6
     for row, other in zip(log, log_of_split, strict=True):
         assert numbers(other) == pytest.approx(numbers(row), rel=1e-4, abs=2e-4)
+
+
+def test_auxiliary_losses_are_a_share_of_the_output_loss_as_it_is_minimised(tmp_path: Path) -> None:
+    """With its weight and the square of its temperature: after one step the balance holds (1 - 0.98) of that mean."""
+    losses = {"output": {"temperature": 2.0, "weight": 0.5}, **ALIGNED}
+    case = prepared(write_recipe(tmp_path, losses=losses, train={"tokens": 4 * 32}))
+    module = learn(case, tmp_path / "run")
+    (row,) = read_log(tmp_path / "run" / "training.jsonl")
+    for balance in (module.feature_balance, module.attention_balance):
+        assert balance is not None
+        assert float(balance.main) == pytest.approx(0.02 * 0.5 * 2.0**2 * row["output"], rel=1e-4)
 
 
 def test_precision_is_that_of_the_recipe_whatever_was_trained_before(tmp_path: Path) -> None:

@@ -64,12 +64,12 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to judge or repeat a measurement: software, processor, limits, and the conditions right now."""
+def environment(engine: str = ENGINE) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a measurement with `engine`: software, processor, limits, conditions right now."""
     return {
         "os": platform.platform(),
         "arch": architecture(),
-        "engine": ENGINE,
+        "engine": engine,
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "cpu": cpu_model(),

@@ -20,6 +20,7 @@ from edgestill.runtime.engines.cuda import Cuda
 from edgestill.runtime.engines.flavour import open_library
 from edgestill.runtime.engines.opening import ensure_engine, is_engine, on_gpu
 from edgestill.runtime.errors import BadInput, BundleError, EdgestillError, MissingPart, OutputRefused
+from edgestill.runtime.gpu_watch import with_gpu
 from edgestill.runtime.manifest import Manifest
 from edgestill.runtime.measure import (
     RESOURCES,
@@ -171,13 +172,14 @@ def check_bundle(bundle: Path, progress: Progress | None = None, *, keep: bool =
     if problems:
         raise BundleError("; ".join(problems))
     manifest = read_manifest(bundle)
-    surroundings = environment()
+    surroundings = environment(manifest.engine)
     engine = _engine(bundle, manifest, progress)
     estimates, beside, paths = _quality(bundle, manifest, progress)
     measured = _resources(bundle, manifest, progress)
     surroundings["end"] = conditions()
-    if engine:
-        surroundings["engine"] = engine.get("fingerprint", {}).get("flavour")
+    surroundings = with_gpu(surroundings, measured.gpu)
+    if "reason" in engine:  # none could be had here, so none was judged
+        surroundings["engine"] = None
     verdict, checks = judge(estimates | measured.estimates, manifest.limits)
     report = Report(
         verdict=verdict,

@@ -60,14 +60,17 @@ class Gpu:
         """Clocks (MHz), temperature (C), power (W) and what slows the card down, right now."""
         nvml = self._nvml
         power = self._read("nvmlDeviceGetPowerUsage")
-        bits = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
         return {
             "sm_mhz": self._read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
             "memory_mhz": self._read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
             "temperature_c": self._read("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             "power_w": None if power is None else power / 1e3,
-            "throttled_by": None if bits is None else [name for bit, name in THROTTLE.items() if bits & bit],
+            "throttled_by": self._throttled_by(),
         }
+
+    def glance(self) -> tuple[float | None, list[str] | None]:
+        """(SM clock in MHz, what slows the card down): two quick questions, for a timed window."""
+        return self._read("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM), self._throttled_by()
 
     def process_mib(self, pid: int | None = None) -> float | None:
         """Device memory of this process; None where the driver does not say (containers with their own process numbers)."""
@@ -85,6 +88,10 @@ class Gpu:
         """Energy of the card since its driver was loaded; None before the Volta generation."""
         found = self._read("nvmlDeviceGetTotalEnergyConsumption")
         return None if found is None else int(found)
+
+    def _throttled_by(self) -> list[str] | None:
+        bits = self._read("nvmlDeviceGetCurrentClocksThrottleReasons")
+        return None if bits is None else [name for bit, name in THROTTLE.items() if bits & bit]
 
     def _read(self, name: str, *arguments: Any) -> Any:
         """What NVML answers, None where this card or driver does not support the question."""

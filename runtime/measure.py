@@ -22,12 +22,13 @@ from edgestill.runtime.device import (
     memory_bandwidth_gb_per_s,
 )
 from edgestill.runtime.engines.opening import on_gpu
+from edgestill.runtime.gpu_watch import with_gpu
 from edgestill.runtime.manifest import Manifest
 from edgestill.runtime.metrics import METRICS
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import FOLDER, HELD_OUT
 from edgestill.runtime.settings import tuned_threads
-from edgestill.runtime.statistics import Estimate, median, p95
+from edgestill.runtime.statistics import Estimate, block_mean, median, p95
 from edgestill.runtime.workload import Workload, check_workload
 
 RESOURCES = tuple(name for name, m in METRICS.items() if m.source == "profile")
@@ -43,6 +44,8 @@ class Measurement:
     samples: dict[str, Any] = field(default_factory=dict)
     memory_timeline: dict[str, Any] = field(default_factory=dict)
     """{"points": [[s, MiB]...], "phases": [[s, name]...]}"""
+    gpu: dict[str, Any] | None = None
+    """The GPU's conditions around and inside the timed windows (GpuWatch.found); None where none was used."""
 
 
 def workload_of(
@@ -113,8 +116,11 @@ def measure_bundle(
         "first_token_ms": _rounded(found["first_token_ms"]),
         "inter_token_ms": [_rounded(run) for run in found["inter_token_ms"]],
         "idle_watts": found["idle_watts"],
+        "decode_j": None if found["energy_j"] is None else sum(found["energy_j"]),
+        "decode_s": sum(found["decode_s"]),
     }
-    return Measurement(estimates, samples, {"points": _thin(found["rss"]), "phases": found["phases"]})
+    timeline = {"points": _thin(found["rss"]), "phases": found["phases"]}
+    return Measurement(estimates, samples, timeline, found["gpu"])
 
 
 def latency_estimates(found: dict[str, Any], work: Workload) -> dict[str, Estimate]:
@@ -138,11 +144,16 @@ def latency_estimates(found: dict[str, Any], work: Workload) -> dict[str, Estima
 
 
 def energy_estimate(found: dict[str, Any], work: Workload) -> Estimate:
-    """J per generated token over the decode windows, idle subtracted; the median over runs."""
+    """J per generated token: joules of all decode windows together, idle subtracted, over their tokens.
+
+    Counters tick every few milliseconds (a GPU's about every 20), so one short window may hold a tick too many or none; over all
+    windows that evens out, and what is left of it stands in the standard error over runs.
+    """
     if found["energy_j"] is None:
         return Estimate.missing(f"unavailable: {found['energy_reason']}")
     tokens = work.batch_size * (work.new_tokens - 1)
-    return median(np.array(found["energy_j"], np.float64) / tokens)
+    drawn = np.array(found["energy_j"], np.float64) - found["idle_watts"] * np.array(found["decode_s"], np.float64)
+    return block_mean(drawn / tokens, np.arange(len(drawn)))  # as many tokens in every window: the mean is sum over sum
 
 
 def bandwidth_fraction(speed: Estimate, graph_size: int, batch_size: int, profile: dict[str, Any]) -> Estimate:
@@ -219,7 +230,7 @@ def bench_bundle(
 
     manifest = read_manifest(bundle)
     work = workload_of(manifest, prompt_tokens, new_tokens, batch_size, tuned_threads(bundle))
-    surroundings = environment()
+    surroundings = environment(manifest.engine)
     measured = measure_bundle(
         bundle,
         prompt_tokens=work.prompt_tokens,
@@ -232,6 +243,7 @@ def bench_bundle(
     if not measured.samples:
         raise MeasurementFailed(f"{bundle}: {measured.estimates['load_ms'].reason}")
     surroundings["end"] = conditions()
+    surroundings = with_gpu(surroundings, measured.gpu)
     _, checks = judge(measured.estimates, {})
     return {
         "verdict": None,

@@ -83,6 +83,6 @@ def _workload_s(bundle: Bundle, settings: SessionSettings, work: Workload) -> fl
     backend = open_with(bundle, settings)
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, backend.facts.vocab_size, (work.batch_size, work.prompt_tokens))
-    generate_once(backend, prompt, 2, None, 0.0)
-    run = generate_once(backend, prompt, work.new_tokens, None, 0.0)
+    generate_once(backend, prompt, 2)
+    run = generate_once(backend, prompt, work.new_tokens)
     return (run.first_ms + sum(run.inter_ms)) / 1e3

@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from edgestill.runtime.energy import Counter, open_counter
 from edgestill.runtime.engines.opening import on_gpu
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.gpu import DeviceMemory, open_gpu, open_gpu_energy
+from edgestill.runtime.gpu_watch import GpuWatch
 from edgestill.runtime.manifest import ModelFacts
 from edgestill.runtime.reference import FOLDER, HELD_OUT
 from edgestill.runtime.statistics import MIN_TAIL_SAMPLES
@@ -77,21 +78,18 @@ def check_workload(work: Workload, model: ModelFacts) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One generation. Times in ms; `joules` is what the decode window drew above idle, None without a counter."""
+    """One generation. Times in ms; `joules` is what the decode window of `decode_s` seconds drew, None without a counter."""
 
     first_ms: float
     inter_ms: list[float]
     joules: float | None
+    decode_s: float
 
 
 class RssSampler:
-    """Resident memory of this process over time, sampled by a thread (about 20 microseconds every 20 ms).
+    """Resident memory of this process over time, sampled by a thread (about 20 microseconds every 20 ms)."""
 
-    `look` is called at every sample as well: where device memory is watched.
-    """
-
-    def __init__(self, look: Callable[[], None] | None = None) -> None:
-        self._look = look
+    def __init__(self) -> None:
         self._start = time.perf_counter()
         self._stop = threading.Event()
         self.points: list[tuple[float, float]] = []
@@ -110,8 +108,6 @@ class RssSampler:
     def _sample(self) -> None:
         while not self._stop.wait(RSS_PERIOD_S):
             self.points.append((round(self.now(), 3), round(resident_mib(), 2)))
-            if self._look is not None:
-                self._look()
 
 
 def resident_mib() -> float:
@@ -177,7 +173,7 @@ def prompts(bundle: Path, work: Workload, vocab_size: int, seed: int = 0) -> Ite
         yield prompt
 
 
-def generate_once(backend: Backend, prompt: I64, new_tokens: int, counter: Counter | None, idle_watts: float) -> Run:
+def generate_once(backend: Backend, prompt: I64, new_tokens: int, counter: Counter | None = None) -> Run:
     """Prompt int64 [B, n] to `new_tokens` greedy tokens; `new_tokens` 1 stops at the first."""
     start = time.perf_counter()
     state = backend.new_state(prompt.shape[0], prompt.shape[1] + new_tokens)
@@ -190,10 +186,8 @@ def generate_once(backend: Backend, prompt: I64, new_tokens: int, counter: Count
         now = time.perf_counter()
         inter.append((now - before) * 1e3)
         before = now
-    joules = None
-    if counter is not None and inter:
-        joules = counter.joules() - energy - idle_watts * (time.perf_counter() - begin)
-    return Run((begin - start) * 1e3, inter, joules)
+    joules = counter.joules() - energy if counter is not None and inter else None
+    return Run((begin - start) * 1e3, inter, joules, time.perf_counter() - begin)
 
 
 def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
@@ -206,7 +200,7 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
     gpu_engine = on_gpu(read_manifest(bundle).engine)
     gpu = open_gpu() if gpu_engine else None
     device = None if gpu is None else DeviceMemory(gpu)
-    sampler = RssSampler(None if device is None else device.look)
+    watch, sampler = GpuWatch(gpu, device), RssSampler()
     load_ms, model = _timed_load(runtime.load, bundle, work.threads)
     compile_before_measuring(model.backend)
     phases = [(round(sampler.now(), 3), "loaded")]
@@ -215,18 +209,22 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
     meter = None if isinstance(counter, str) else counter
     idle = meter.idle_watts() if meter is not None else 0.0
     source = prompts(bundle, work, model.facts.vocab_size)
-    warm_up = [generate_once(model.backend, next(source), work.new_tokens, None, 0.0) for _ in range(WARM_UP_RUNS)]
+    warm_up = [generate_once(model.backend, next(source), work.new_tokens) for _ in range(WARM_UP_RUNS)]
     phases.append((round(sampler.now(), 3), "warm"))
     last = warm_up[-1]
     whole, extra = plan_runs(last.first_ms / 1e3, float(np.median(last.inter_ms)) / 1e3, work)
     runs: list[Run] = []
     first_only: list[float] = []
+    watch.begin()
     for i in range(whole):
-        runs.append(generate_once(model.backend, next(source), work.new_tokens, meter, idle))
-        # spread over the generations, so that both see the same heat
-        for _ in range(math.ceil(extra * (i + 1) / whole) - len(first_only)):
-            first_only.append(generate_once(model.backend, next(source), 1, None, 0.0).first_ms)
+        with watch.timed():
+            runs.append(generate_once(model.backend, next(source), work.new_tokens, meter))
+            # spread over the generations, so that both see the same heat
+            for _ in range(math.ceil(extra * (i + 1) / whole) - len(first_only)):
+                first_only.append(generate_once(model.backend, next(source), 1).first_ms)
+        watch.look()
         emit(i + 1, whole, "runs")
+    watch.end()
     peak = peak_resident_mib()
     sampler.stop()
     session = model.backend.session
@@ -241,11 +239,13 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
         "first_token_ms": [run.first_ms for run in runs] + first_only,
         "inter_token_ms": [run.inter_ms for run in runs],
         "energy_j": [run.joules for run in runs] if meter is not None else None,
+        "decode_s": [run.decode_s for run in runs],
         "energy_reason": counter if isinstance(counter, str) else None,
         "idle_watts": idle if meter is not None else None,
         "peak_rss_mib": peak,
         "peak_device_mib": None if device is None else device.peak_mib,
         "device_by_process": device is not None and device.by_process,
+        "gpu": watch.found(),
         "rss": sampler.points,
         "phases": phases,
     }

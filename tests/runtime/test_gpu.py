@@ -76,6 +76,7 @@ def test_identity_and_conditions_by_hand() -> None:
         "power_w": 312.4,
         "throttled_by": ["power cap", "thermal (hardware)"],
     }
+    assert gpu.glance() == (2520, ["power cap", "thermal (hardware)"])
 
 
 def test_what_a_card_does_not_say_is_none() -> None:

@@ -12,9 +12,12 @@ import numpy as np
 import psutil
 import pytest
 from bundles import make_bundle
+from engines import make_engine_bundle
 
+from edgestill.runtime import measure
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.measure import bench_bundle, measure_bundle
+from edgestill.runtime.statistics import Estimate
 from edgestill.runtime.workload import BUDGET_S, Workload, plan_runs
 
 
@@ -49,6 +52,23 @@ def test_rates_are_those_of_the_samples_and_a_batch_counts_all_its_tokens(bundle
     assert rows["prefill_tokens_per_s"] == pytest.approx(float(np.median(prefill)), rel=1e-2)
     assert found["samples"]["workload"]["batch_size"] == batch
     assert found["verdict"] is None
+    assert found["environment"]["engine"] == "onnxruntime-cpu"
+
+
+def test_a_bench_of_an_engine_names_it_and_the_card_that_worked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measuring process's word counts: an idle card before and after it says nothing."""
+    folder = make_engine_bundle(tmp_path / "bundle")
+    gpu = {"start": {"sm_mhz": 2520}, "end": {"sm_mhz": 2490}, "during": {"throttled_by": ["power cap"]}}
+    rows = {name: Estimate.missing("not here") for name in measure.RESOURCES}
+    monkeypatch.setattr(
+        measure, "measure_bundle", lambda *_, **__: measure.Measurement(rows, {"workload": {}}, {}, gpu)
+    )
+    found = bench_bundle(folder)["environment"]
+    assert found["engine"] == "tensorrt-rtx"
+    assert (found["start"]["gpu"], found["end"]["gpu"]) == (gpu["start"], gpu["end"])
+    assert found["gpu_during"] == {"throttled_by": ["power cap"]}
 
 
 def test_a_p95_of_few_samples_is_null_and_says_so(bundle: Path) -> None:

@@ -45,9 +45,13 @@ def test_rates_count_every_row_of_the_batch() -> None:
     assert found["first_token_ms_p95"].reason == "n = 5 < 100 samples"
 
 
-def test_energy_is_per_token_of_the_decode_window_or_says_why_not() -> None:
-    found: dict[str, Any] = {"energy_j": [0.8, 1.6, 2.4, 3.2, 4.0], "energy_reason": None}
-    assert energy_estimate(found, WORK).value == pytest.approx(2.4 / 8)
+def test_energy_is_of_all_decode_windows_together_or_says_why_not() -> None:
+    """Windows of 10 ms at 5 W above 3 W idle, under a counter that ticks every 20 ms: each reads 0 or 160 mJ, together 80 each."""
+    found: dict[str, Any] = {"energy_j": [0.0, 0.16] * 10, "decode_s": [0.01] * 20, "idle_watts": 3.0}
+    energy = energy_estimate(found, WORK)
+    assert energy.value == pytest.approx((0.08 - 0.03) / 8) and energy.n == 20
+    assert energy.standard_error == pytest.approx(0.01 * (20 / 19) ** 0.5 / 20**0.5)
+    assert energy.lower is not None and energy.upper is not None and energy.lower < energy.value < energy.upper
     absent = energy_estimate({"energy_j": None, "energy_reason": "no counter"}, WORK)
     assert (absent.value, absent.reason) == (None, "unavailable: no counter")
 

@@ -120,7 +120,10 @@ def _sweep(
 
 
 def _torch_rows(checkpoint: Path, bundle: Path, grid: Any) -> list[dict[str, Any]]:
-    """The student in torch at the prompts of the sweep, batch 1; needs the build extra."""
+    """The student in torch at the prompts of the sweep, batch 1; needs the build extra.
+
+    As it is, in float32; on a CUDA device also in float16, compiled with CUDA graphs: what an engine has to beat.
+    """
     from edgestill.runtime.bundle import read_manifest
     from edgestill.runtime.sweep import torch_rows
 
@@ -128,13 +131,15 @@ def _torch_rows(checkpoint: Path, bundle: Path, grid: Any) -> list[dict[str, Any
     threads = int(manifest.profile.get("device", {}).get("threads", 1))
     prompts = [n for kind, batch, n in grid.cells(manifest.model) if (kind, batch) == ("prompt", 1)]
     speed = importlib.import_module("edgestill.compress.torch_speed")
+    ways = [("float32", False)] + ([("float16", True)] if speed.on_cuda() else [])
     found = []
-    for prompt in prompts:
-        if prompt + 16 <= manifest.model.max_tokens:
-            found += speed.measure_apart(
-                [(checkpoint, "float32")], prompt_tokens=prompt, new_tokens=16, threads=threads
-            )
-    return torch_rows([dataclasses.asdict(row) for row in found], f"{checkpoint.name} (torch float32)")
+    for precision, compiled in ways:
+        for prompt in prompts:
+            if prompt + 16 <= manifest.model.max_tokens:
+                found += speed.measure_apart(
+                    [(checkpoint, precision)], prompt_tokens=prompt, new_tokens=16, threads=threads, compiled=compiled
+                )
+    return torch_rows([dataclasses.asdict(row) for row in found], checkpoint.name)
 
 
 def tune(bundle: BundleArgument, json: JsonOption = None) -> None:

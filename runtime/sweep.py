@@ -4,7 +4,8 @@
     between tokens  a decode step with so many tokens in the cache, per (batch, depth)
 
 Each cell is a median over runs with its bounds; warm-up runs are made and left out. Each bundle is measured in a process of its
-own. Prompts and depths that a model is too short for are left out.
+own. Prompts and depths that a model is too short for are left out. A batch beyond what an engine was built for runs in several
+turns, and its cells are marked.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from edgestill.runtime.backends import Backend, prefill_last
 from edgestill.runtime.bundle import read_manifest
 from edgestill.runtime.child import Emit, run_child
 from edgestill.runtime.device import conditions, environment
+from edgestill.runtime.engines.opening import is_engine, on_gpu
+from edgestill.runtime.engines.plan import plan_of
 from edgestill.runtime.errors import BadInput
-from edgestill.runtime.manifest import ModelFacts
+from edgestill.runtime.gpu import open_gpu
+from edgestill.runtime.gpu_watch import GpuWatch
+from edgestill.runtime.manifest import Manifest, ModelFacts
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.statistics import Estimate, median
 from edgestill.runtime.workload import compile_before_measuring
@@ -63,11 +68,11 @@ def sweep_bundles(bundles: list[Path], grid: Grid, progress: Progress | None = N
     names = [label_of(path) for path in bundles]
     if len(set(names)) != len(names):
         raise BadInput(f"two bundles are called {next(n for n in names if names.count(n) > 1)}; give each once")
-    surroundings = environment()
+    manifests = [read_manifest(path) for path in bundles]
+    surroundings = environment(", ".join(dict.fromkeys(manifest.engine for manifest in manifests)))
     rows: list[dict[str, Any]] = []
     engines: dict[str, Any] = {}
-    for name, path in zip(names, bundles, strict=True):
-        manifest = read_manifest(path)
+    for name, path, manifest in zip(names, bundles, manifests, strict=True):
         cells = grid.cells(manifest.model)
         if not cells:
             raise BadInput(
@@ -75,10 +80,23 @@ def sweep_bundles(bundles: list[Path], grid: Grid, progress: Progress | None = N
             )
         threads = int(manifest.profile.get("device", {}).get("threads", 1))
         found = run_child("sweep", path, {"cells": cells, "threads": threads}, f"sweep of {name}", progress)
-        engines[name] = {"session": found["session"], "precision": dataclasses.asdict(manifest.precision)}
-        rows += [{"bundle": name, **row} for row in found["rows"]]
+        most = plan_of(manifest).max_batch if is_engine(manifest.engine) else None
+        engines[name] = {
+            "engine": manifest.engine,
+            "session": found["session"],
+            "precision": dataclasses.asdict(manifest.precision),
+            "max_batch": most,
+            "gpu": found["gpu"],
+        }
+        rows += [{"bundle": name, **_about(manifest, most, row["batch"]), **row} for row in found["rows"]]
     surroundings["end"] = conditions()
     return {"environment": surroundings, "engines": engines, "rows": rows}
+
+
+def _about(manifest: Manifest, max_batch: int | None, batch: int) -> dict[str, Any]:
+    """What a row says beside its numbers: precision, and in how many turns an engine runs a batch that is too large for it."""
+    turns = 1 if max_batch is None else -(-batch // max_batch)
+    return {"precision": manifest.precision.weights, "turns": turns}
 
 
 def label_of(bundle: Path) -> str:
@@ -93,18 +111,21 @@ def sweep_task(bundle: Path, request: dict[str, Any], emit: Emit) -> dict[str, A
 
     model = load(bundle, threads=request["threads"])
     compile_before_measuring(model.backend)
-    compile_before_measuring(model.backend)
+    watch = GpuWatch(open_gpu() if on_gpu(read_manifest(bundle).engine) else None)
     rows = []
     for done, (kind, batch, tokens) in enumerate(request["cells"]):
-        times = (
-            _prompt_ms(model.backend, batch, tokens) if kind == "prompt" else _depth_ms(model.backend, batch, tokens)
-        )
+        measure = prompt_ms if kind == "prompt" else depth_ms
+        with watch.timed():
+            times = measure(model.backend, batch, tokens)
         rows.append(_row(kind, batch, tokens, times))
+        if not done:  # behind the first cell, so that the card is warm
+            watch.begin()
         emit(done + 1, len(request["cells"]), "cells")
-    return {"session": model.backend.session, "rows": rows}
+    watch.end()
+    return {"session": model.backend.session, "rows": rows, "gpu": watch.found()}
 
 
-def _prompt_ms(backend: Backend, batch: int, tokens: int) -> list[float]:
+def prompt_ms(backend: Backend, batch: int, tokens: int) -> list[float]:
     """Milliseconds from a prompt to its first token, one per run."""
     rng = np.random.default_rng(0)
     times = []
@@ -113,12 +134,14 @@ def _prompt_ms(backend: Backend, batch: int, tokens: int) -> list[float]:
         start = time.perf_counter()
         state = backend.new_state(batch, tokens + 1)
         prefill_last(backend, state, prompt).argmax(axis=-1)
+        took = (time.perf_counter() - start) * 1e3
+        del state  # now: beside the next one it would make an engine allocate a second cache inside its time
         if run >= WARM_UP:
-            times.append((time.perf_counter() - start) * 1e3)
+            times.append(took)
     return times
 
 
-def _depth_ms(backend: Backend, batch: int, tokens: int) -> list[float]:
+def depth_ms(backend: Backend, batch: int, tokens: int) -> list[float]:
     """Milliseconds of decode steps behind `tokens` tokens, one median per run."""
     rng = np.random.default_rng(0)
     state = backend.new_state(batch, tokens + STEPS + WARM_UP)
@@ -128,6 +151,7 @@ def _depth_ms(backend: Backend, batch: int, tokens: int) -> list[float]:
         if backend.rewinds and run:
             backend.rewind(state, tokens)
         elif run:
+            del state
             state = backend.new_state(batch, tokens + STEPS + WARM_UP)
             prefill_last(backend, state, rng.integers(0, backend.facts.vocab_size, (batch, tokens)))
         token = rng.integers(0, backend.facts.vocab_size, (batch, 1))
@@ -157,17 +181,18 @@ def _row(kind: str, batch: int, tokens: int, times: list[float]) -> dict[str, An
     }
 
 
-def torch_rows(speeds: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def torch_rows(speeds: list[dict[str, Any]], checkpoint: str) -> list[dict[str, Any]]:
     """Rows of the torch student beside the bundles, from what compress/torch_speed.py measured."""
     rows = []
     for speed in speeds:
         prompt = speed["prompt_tokens"]
+        how = f"torch {speed['precision']}" + (", CUDA graphs" if speed["compiled"] else "")
         for kind, tokens, ms in (
             ("prompt", prompt, speed["first_token_ms_p50"]),
             ("depth", prompt, speed["inter_token_ms_p50"]),
         ):
-            row = _row(kind, 1, tokens, [ms])
-            rows.append({"bundle": name, **row, "runs": speed["runs"]})
+            about = {"bundle": f"{checkpoint} ({how})", "precision": speed["precision"], "turns": 1}
+            rows.append({**about, **_row(kind, 1, tokens, [ms]), "runs": speed["runs"]})
     return rows
 
 
@@ -188,11 +213,19 @@ def table_lines(result: dict[str, Any]) -> list[str]:
             for tokens in sorted({row["tokens"] for row in some}):
                 cells = {row["bundle"]: row for row in some if row["tokens"] == tokens}
                 lines.append(f"{tokens:>14,}" + "".join(_cell(cells.get(name)) for name in names))
+    if any(row["turns"] > 1 for row in rows):
+        lines += [
+            "",
+            "*  a batch beyond the engine's largest, the profile's: it runs in turns",
+        ]
     return lines
 
 
 def _cell(row: dict[str, Any] | None) -> str:
-    return f"{'–':>11} {'–':>10}" if row is None else f"{row['ms']:>11.3f} {row['tokens_per_s']:>10,.0f}"
+    if row is None:
+        return f"{'–':>11} {'–':>10}"
+    ms = f"{row['ms']:.3f}{'*' if row['turns'] > 1 else ''}"
+    return f"{ms:>11} {row['tokens_per_s']:>10,.0f}"
 
 
 def save_plot(result: dict[str, Any], path: Path) -> None:
@@ -219,7 +252,9 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
             for i, (name, batch) in enumerate(curves):
                 some = [r for r in result["rows"] if (r["bundle"], r["batch"], r["kind"]) == (name, batch, kind)]
                 x, y = [r["tokens"] for r in some], [r["ms"] for r in some]
-                axes.plot(x, y, "o-", ms=3, color=COLOURS[i % len(COLOURS)], label=f"{name}, batch {batch}")
+                turns = max((r["turns"] for r in some), default=1)
+                label = f"{name}, batch {batch}" + (f" in {turns} turns" if turns > 1 else "")
+                axes.plot(x, y, "o-", ms=3, color=COLOURS[i % len(COLOURS)], label=label)
                 if all(r["ms_lower"] is not None and r["ms_upper"] is not None for r in some):
                     low, high = [r["ms_lower"] for r in some], [r["ms_upper"] for r in some]
                     axes.fill_between(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.15, lw=0)

@@ -13,9 +13,13 @@ import pytest
 from engines import make_engine_bundle, write_profile
 from tiny import write_model
 
+from edgestill.compress.student import make_student
 from edgestill.export.build import export_checkpoint
+from edgestill.export.bundle_writer import tokenizer_files
 from edgestill.export.engine.make import lower_graph, ship_graph
-from edgestill.export.onnx_export import export_fused, export_onnx
+from edgestill.export.onnx_export import ExportedGraph, export_fused, export_onnx
+from edgestill.export.plan import load_all
+from edgestill.profiles.load import load_profile
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.bundle import open_bundle, verify_bundle
 from edgestill.runtime.cli import run
@@ -26,6 +30,7 @@ from edgestill.runtime.errors import BadInput, BundleError, MissingPart
 from edgestill.runtime.progress import QuietProgress
 
 pytest.importorskip("tensorrt_rtx", reason="needs pip install 'edgestill[rtx]'")
+QUICKSTART = Path(__file__).parents[3] / "examples" / "quickstart"
 TYPES = {"float16": "HALF", "int4": "HALF", "int8": "HALF", "fp8": "HALF", "bfloat16": "BF16", "float32": "FLOAT"}
 CASES = [
     *((family, weights) for family in ("llama", "qwen2", "gpt2") for weights in ("float16", "int4")),
@@ -249,38 +254,78 @@ def test_weights_in_a_file_beside_the_graph(library: Library, tmp_path: Path) ->
     assert len(built.data) > 100_000
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the student that the packaged recipe describes, as it is before training."""
+    import torch
+
+    recipe = load_all("quickstart", ["rtx-4090"])
+    teachers, spec = recipe.given.teachers, recipe.loaded.recipe.student
+    model = make_student(spec, teachers, recipe.given.vocabulary, seed=0).model
+    with torch.no_grad():
+        for parameter in model.parameters():  # untrained weights are so small that every token is as likely
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    folder = tmp_path_factory.mktemp("quickstart") / "student"
+    model.save_pretrained(folder)
+    for name, content in tokenizer_files(teachers[0].path).items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    return folder
+
+
 @pytest.mark.parametrize("weights", ["float16", "int4"])
-def test_a_trained_model_of_the_quickstart(weights: str, library: Library, tmp_path: Path) -> None:
-    """Its prose teacher, from which the student is cut: the engine is built, and its graph says what the float model says."""
+def test_the_student_of_the_quickstart(weights: str, quickstart: Path, library: Library, tmp_path: Path) -> None:
+    """Its engine for a packaged profile is built, of a graph that says what the float32 graph of its weights says."""
+    profile = load_profile("rtx-4090").profile
+    precision = profile.precision.model_copy(update={"weights": weights})
+    lowered = lowered_of(quickstart, tmp_path, capacity=None)
+    assert (lowered.facts.n_layers, lowered.facts.hidden_size, lowered.facts.parameters) == (3, 128, 1_053_568)
+    yardstick = tmp_path / "yardstick" / "model.onnx"
+    shipped, report = ship_graph(lowered, tmp_path / "shipped", precision, None, yardstick)
+    assert len(report.quantized) == (0 if weights == "float16" else 3 * 7 + 2), "every layer, the head and the table"
+    work = profile.workload
+    attended = work.prompt_tokens + work.new_tokens
+    plan = EnginePlan("tensorrt-rtx", weights, "model.onnx", "", 512, 1, work.prompt_tokens, 1, 256, attended)
+    built = EngineBuilder(library, lambda _: None).build(shipped.path, plan, shipped.graph, shipped.facts, "8.9")
+    least = lowered.facts.parameters * (2 if weights == "float16" else 0.5)
+    assert built.attention_layers == 3 and len(built.data) > least, "all weights are in it"
+    assert divergence(yardstick, lowered, shipped) <= 1e-3, "float16 arithmetic on the very weights that ship"
+
+
+@pytest.mark.parametrize("weights", ["float16", "int4"])
+def test_a_trained_model_in_16_bits(weights: str, tmp_path: Path) -> None:
+    """A teacher of the quickstart: the graph that an engine is built from says what the float model says."""
+    precision = PrecisionSpec(weights=weights, block_size=32, accuracy_level=0)  # type: ignore[arg-type]
+    lowered = lowered_of(QUICKSTART / "teachers" / "prose", tmp_path, capacity=512)
+    yardstick = tmp_path / "yardstick" / "model.onnx"
+    shipped, _ = ship_graph(lowered, tmp_path / "shipped", precision, None, yardstick)
+    assert divergence(yardstick, lowered, shipped) <= 1e-3
+
+
+def lowered_of(checkpoint: Path, folder: Path, capacity: int | None) -> ExportedGraph:
+    """`checkpoint` in standard operators, its cache as long as `capacity` or as the model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = export_onnx(checkpoint, folder / "plain")
+        fused, _ = export_fused(checkpoint, plain, folder / "fused")
+    return lower_graph(fused, folder / "lowered", capacity or fused.facts.max_tokens)
+
+
+def divergence(yardstick: Path, lowered: ExportedGraph, shipped: ExportedGraph) -> float:
+    """KL of the shipped graph from the yardstick on a page of the quickstart's prose, nats per token."""
     import numpy as np
+    from tokenizers import Tokenizer
 
     from edgestill.runtime.backends.ort import OrtBackend
     from edgestill.runtime.score import forward_windows
 
-    root = Path(__file__).parents[3] / "examples" / "quickstart"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain = export_onnx(root / "teachers" / "prose", tmp_path / "plain")
-        fused, _ = export_fused(root / "teachers" / "prose", plain, tmp_path / "fused")
-    lowered = lower_graph(fused, tmp_path / "lowered", 512)
-    precision = PrecisionSpec(weights=weights, block_size=32, accuracy_level=0)  # type: ignore[arg-type]
-    yardstick = tmp_path / "yardstick" / "model.onnx"
-    shipped, _ = ship_graph(lowered, tmp_path / "shipped", precision, None, yardstick)
-    plan = EnginePlan("tensorrt-rtx", weights, "model.onnx", "", 512, 1, 128, 1, 128, 192)
-    built = EngineBuilder(library, lambda _: None).build(shipped.path, plan, shipped.graph, shipped.facts, "8.9")
-    assert len(built.data) > 5e6
-
-    from tokenizers import Tokenizer
-
-    text = (root / "corpus" / "prose" / "alice-in-wonderland.txt").read_text(encoding="utf-8")[20_000:24_000]
-    ids = np.array(Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json")).encode(text).ids[:512]).reshape(
-        4, 128
-    )
+    text = (QUICKSTART / "corpus" / "prose" / "alice-in-wonderland.txt").read_text(encoding="utf-8")[20_000:24_000]
+    found = Tokenizer.from_file(str(QUICKSTART / "tokenizer" / "tokenizer.json")).encode(text).ids
+    ids = np.array(found[:512]).reshape(4, 128)
     both = []
     for path, graph in ((yardstick, lowered.graph), (shipped.path, shipped.graph)):
         backend = OrtBackend(path, shipped.facts, graph, threads=1)
         logits = np.concatenate([chunk.copy() for _, chunk in forward_windows(backend, ids, path="prefill")], axis=1)
         log_p = logits - logits.max(-1, keepdims=True)
         both.append(log_p - np.log(np.exp(log_p).sum(-1, keepdims=True)))
-    kl = (np.exp(both[0]) * (both[0] - both[1])).sum(-1)
-    assert kl.mean() <= 1e-3, "float16 arithmetic on the very weights that ship"
+    return float((np.exp(both[0]) * (both[0] - both[1])).sum(-1).mean())

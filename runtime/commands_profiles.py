@@ -65,14 +65,18 @@ def _list(locate: Any) -> None:
 
 
 def profile_text(device: Mapping[str, Any]) -> str:
-    """A profile's YAML for `describe_device()`: what the kernel does not say is left to its default, or to the user.
+    """A profile's YAML for `describe_device()` or `describe_gpu()`: what the machine does not say is left to its default, or to
+    the user.
 
     Raises:
         BadInput: a machine that no profile can name, or whose memory cannot be read.
     """
+    from edgestill.runtime.device import ENGINE
+
     if device["arch"] not in ("x86_64", "aarch64"):
         raise BadInput(f"this machine is {device['arch']}; profiles are for x86_64 and aarch64")
-    if not device["memory_mib"] or not device["memory_bandwidth_gb_per_s"]:
+    bandwidth, on_gpu = device["memory_bandwidth_gb_per_s"], device["engine"] != ENGINE
+    if not device["memory_mib"] or not (bandwidth or on_gpu):
         raise BadInput(
             "this machine's memory could not be measured; write the profile by hand from cpu-x86 or cpu-arm64"
         )
@@ -85,8 +89,15 @@ def profile_text(device: Mapping[str, Any]) -> str:
         f"  engine: {device['engine']}",
         f"  threads: {device['threads']}",
         f"  memory_mib: {device['memory_mib']}",
-        f"  memory_bandwidth_gb_per_s: {device['memory_bandwidth_gb_per_s']:.2f}",
     ]
+    if device.get("unified_memory"):
+        lines.append("  unified_memory: true")
+    if bandwidth:
+        lines.append(f"  memory_bandwidth_gb_per_s: {bandwidth:.2f}")
+    else:
+        lines.append(
+            "  # memory_bandwidth_gb_per_s: not known here; add the figure of the data sheet (1 GB = 1e9 bytes)"
+        )
     if device["last_level_cache_mib"]:
         lines.append(f"  last_level_cache_mib: {device['last_level_cache_mib']:.2f}")
     if device["gpu"]:

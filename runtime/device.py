@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -20,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from edgestill.runtime.cuda_facts import open_cuda
 from edgestill.runtime.engines.capabilities import PRECISIONS
-from edgestill.runtime.gpu import open_gpu
+from edgestill.runtime.gpu import open_gpu, watched_gpu
+from edgestill.runtime.jetson import board, board_bandwidth
 
 ENGINE = "onnxruntime-cpu"
 """The engine that runs bundles on this machine."""
@@ -91,7 +94,7 @@ def conditions() -> dict[str, Any]:
         "cpu_mhz": cpu_mhz(),
         "governor": _read(CPUS / "cpu0/cpufreq/scaling_governor"),
         "temperature_c": temperature_c(),
-        "gpu": None if (gpu := open_gpu()) is None else gpu.conditions(),
+        "gpu": None if (gpu := watched_gpu(open_gpu())) is None else gpu.conditions(),
     }
 
 
@@ -207,21 +210,33 @@ def gpu_identity() -> dict[str, Any] | None:
 
 
 def describe_gpu() -> dict[str, Any] | None:
-    """The first GPU in the words of a profile's `device` section, plus `cpu`; None where there is none."""
-    found = gpu_identity()
-    if found is None:
+    """The first GPU in the words of a profile's `device` section, plus `cpu`; None where there is none.
+
+    What NVML leaves open is asked of CUDA; the bandwidth of a memory that CPU and GPU share is a published figure of the board.
+    """
+    found, cuda = gpu_identity(), open_cuda()
+    facts = None if cuda is None else cuda.facts()
+    if found is None and facts is None:
         return None
-    capability = found["compute_capability"]
-    flavours = [name for name, cards in PRECISIONS.items() if capability in cards]
+    known = found or {}
+    unified = facts is not None and facts.integrated
+    name = (board() if unified else None) or known.get("name") or "NVIDIA GPU"
+    capability = known.get("compute_capability")
+    if facts is not None and not re.fullmatch(r"\d+\.\d", capability or ""):
+        capability = facts.compute_capability
+    memory = memory_mib() if unified else known.get("memory_mib") or memory_mib()
+    bandwidth = known.get("memory_bandwidth_gb_per_s") or (facts and facts.memory_bandwidth_gb_per_s)
+    flavours = [flavour for flavour, cards in PRECISIONS.items() if capability in cards]
     return {
         "arch": architecture(),
         "engine": flavours[-1] if flavours else "onnxruntime-cuda",
-        "cpu": found["name"],
+        "cpu": name,
         "threads": usable_cores(),
-        "memory_mib": found.get("memory_mib") or memory_mib(),
-        "last_level_cache_mib": None,
-        "memory_bandwidth_gb_per_s": found.get("memory_bandwidth_gb_per_s"),
-        "gpu": found["name"],
+        "memory_mib": memory,
+        "unified_memory": unified,
+        "last_level_cache_mib": None if facts is None else facts.l2_cache_mib,
+        "memory_bandwidth_gb_per_s": board_bandwidth(board(), memory) if unified else bandwidth,
+        "gpu": name,
         "compute_capability": capability,
     }
 

@@ -18,6 +18,11 @@ IDLE_SECONDS = 1.0
 class Counter(Protocol):
     """Something that counts the joules that a part of the machine draws."""
 
+    @property
+    def what(self) -> str:
+        """Which part."""
+        ...
+
     def joules(self) -> float:
         """Energy since the counter was made, J."""
         ...
@@ -38,6 +43,8 @@ class _Zone:
 
 class EnergyCounter:
     """Joules drawn by all packages since this object was made. Read it at least once per wrap (minutes)."""
+
+    what = "the processor's packages"
 
     def __init__(self, zones: list[_Zone]) -> None:
         self._zones = zones

@@ -1,21 +1,21 @@
 """What an NVIDIA GPU says of itself: identity, memory of this process, clocks, temperature, throttling, energy.
 
-Through NVML (the nvidia-ml-py package) on cards, through the kernel's files on Jetson, whose GPU has no NVML counters. What cannot
-be read is None, or a reason where a report would show it.
+Through NVML (the nvidia-ml-py package) on cards; where it is silent, as on a Jetson, through the kernel's files (jetson.py) and
+CUDA (cuda_facts.py). What cannot be read is None, or a reason where a report would show it.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from edgestill.runtime.cuda_facts import PoolMemory, open_cuda
+from edgestill.runtime.gpu_watch import Watched
+from edgestill.runtime.jetson import JetsonEnergy, jetson_gpu, power_rails
+
 MIB = 1 << 20
-POWER_PERIOD_S = 0.01
 BUS_ID_CHARACTERS = 16
 """Room for a PCI bus id, which takes 13 with its end."""
 THROTTLE = {
@@ -28,8 +28,6 @@ THROTTLE = {
 """Bits of nvmlDeviceGetCurrentClocksThrottleReasons that slow a measurement down (nvml.h)."""
 BUS_WIDTH_FACTOR = 2
 """Transfers per memory clock: GDDR and HBM are double data rate by NVML's clock."""
-JETSON_RAILS = ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_GPU_SOC", "POM_5V_IN")
-"""Names of INA3221 rails; the first that exists is the whole board's."""
 
 
 class Gpu:
@@ -43,14 +41,14 @@ class Gpu:
 
     def identity(self) -> dict[str, Any]:
         """name, compute_capability, driver, memory_mib, memory_bandwidth_gb_per_s (of its memory clock and bus width)."""
-        major, minor = self._nvml.nvmlDeviceGetCudaComputeCapability(self._handle)
+        capability = self._read("nvmlDeviceGetCudaComputeCapability")
         memory = self._read("nvmlDeviceGetMemoryInfo")
         width = self._read("nvmlDeviceGetMemoryBusWidth")
         clock = self._read("nvmlDeviceGetMaxClockInfo", self._nvml.NVML_CLOCK_MEM)
         bandwidth = None if not width or not clock else round(BUS_WIDTH_FACTOR * clock * 1e6 * width / 8 / 1e9, 1)
         return {
             "name": _text(self._nvml.nvmlDeviceGetName(self._handle)),
-            "compute_capability": f"{major}.{minor}",
+            "compute_capability": None if capability is None else ".".join(map(str, capability)),
             "driver": _text(self._nvml.nvmlSystemGetDriverVersion()),
             "memory_mib": None if memory is None else int(memory.total) // MIB,
             "memory_bandwidth_gb_per_s": bandwidth,
@@ -159,6 +157,8 @@ def _nvml() -> Any:
 class GpuEnergy:
     """Joules of the whole card since this object was made, by its own counter (about 20 ms fine)."""
 
+    what = "the whole card"
+
     def __init__(self, gpu: Gpu, start: int) -> None:
         self._gpu, self._start = gpu, start
 
@@ -168,78 +168,36 @@ class GpuEnergy:
 
     def idle_watts(self, seconds: float = 1.0) -> float:
         """Mean power while this process sleeps for `seconds`, W."""
-        return _mean_watts(self.joules, seconds)
-
-
-class JetsonEnergy:
-    """Joules of a Jetson board since this object was made: its power rail sampled by a thread and summed."""
-
-    def __init__(self, rail: JetsonRail) -> None:
-        self._rail = rail
-        self._joules, self._before, self._watts = 0.0, time.perf_counter(), rail.watts()
-        self._lock = threading.Lock()
-        threading.Thread(target=self._sample, daemon=True).start()
-
-    def joules(self) -> float:
-        """Energy since the start, J."""
-        with self._lock:
-            now = time.perf_counter()
-            watts = self._rail.watts()
-            self._joules += (now - self._before) * (watts + self._watts) / 2  # trapezoid between two samples
-            self._before, self._watts = now, watts
-            return self._joules
-
-    def idle_watts(self, seconds: float = 1.0) -> float:
-        """Mean power while this process sleeps for `seconds`, W."""
-        return _mean_watts(self.joules, seconds)
-
-    def _sample(self) -> None:
-        while True:
-            time.sleep(POWER_PERIOD_S)
-            self.joules()
-
-
-@dataclass(frozen=True)
-class JetsonRail:
-    """One rail of an INA3221 power monitor, as the kernel's hwmon shows it: millivolts and milliamperes."""
-
-    name: str
-    millivolts: Path
-    milliamperes: Path
-
-    def watts(self) -> float:
-        """Present power, W."""
-        return int(self.millivolts.read_text()) * int(self.milliamperes.read_text()) / 1e6
-
-
-def jetson_rail(root: Path = Path("/sys/class/hwmon")) -> JetsonRail | None:
-    """The rail of the whole board, None where there is no INA3221 (or it may not be read)."""
-    rails: dict[str, JetsonRail] = {}
-    for label in sorted(root.glob("hwmon*/in*_label")):
-        number = label.name.removeprefix("in").removesuffix("_label")
-        try:
-            if "ina3221" not in (label.parent / "name").read_text():
-                continue
-            rail = JetsonRail(
-                label.read_text().strip(), label.with_name(f"in{number}_input"), label.with_name(f"curr{number}_input")
-            )
-            rail.watts()
-        except (OSError, ValueError):
-            continue
-        rails[rail.name] = rail
-    return next((rails[name] for name in JETSON_RAILS if name in rails), None)
+        start, energy = time.perf_counter(), self.joules()
+        time.sleep(seconds)
+        return (self.joules() - energy) / (time.perf_counter() - start)
 
 
 def open_gpu_energy(gpu: Gpu | None = None) -> GpuEnergy | JetsonEnergy | str:
     """A counter of what the GPU (on Jetson: the board) draws, or the reason why there is none."""
-    rail = jetson_rail()
-    if rail is not None:
-        return JetsonEnergy(rail)
+    rails = power_rails()
+    if rails is not None:
+        return JetsonEnergy(rails)
     found = gpu or open_gpu()
     if found is None:
         return "no NVML here (install nvidia-ml-py and the driver)"
     start = found.millijoules()
     return "this GPU keeps no energy counter" if start is None else GpuEnergy(found, start)
+
+
+def watched_gpu(gpu: Gpu | None) -> Watched | None:
+    """Who says how the GPU fares: NVML, or the kernel where NVML has no clocks."""
+    if gpu is not None and gpu.glance()[0] is not None:
+        return gpu
+    return jetson_gpu() or gpu
+
+
+def watched_memory(gpu: Gpu | None) -> DeviceMemory | PoolMemory | None:
+    """Who says how much device memory is in use: NVML, or CUDA where NVML does not."""
+    if gpu is not None and gpu.used_mib() is not None:
+        return DeviceMemory(gpu)
+    cuda = open_cuda()
+    return None if cuda is None else PoolMemory(cuda)
 
 
 class DeviceMemory:
@@ -251,6 +209,11 @@ class DeviceMemory:
         self.peak_mib = 0.0
         self.by_process = False
 
+    @property
+    def reason(self) -> str | None:
+        """What a value is that is not this process's own."""
+        return None if self.by_process else "growth of the whole card's use: the driver hides this process's own"
+
     def look(self) -> None:
         """Take a sample."""
         own = self._gpu.process_mib()
@@ -259,12 +222,6 @@ class DeviceMemory:
         elif (used := self._gpu.used_mib()) is not None and self._before is not None:
             own = used - self._before
         self.peak_mib = max(self.peak_mib, own or 0.0)
-
-
-def _mean_watts(joules: Any, seconds: float) -> float:
-    start, energy = time.perf_counter(), joules()
-    time.sleep(seconds)
-    return float((joules() - energy) / (time.perf_counter() - start))
 
 
 def _text(value: Any) -> str:

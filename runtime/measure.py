@@ -115,6 +115,7 @@ def measure_bundle(
         "load_ms": _rounded(found["load_ms"]),
         "first_token_ms": _rounded(found["first_token_ms"]),
         "inter_token_ms": [_rounded(run) for run in found["inter_token_ms"]],
+        "energy_of": found["energy_of"],
         "idle_watts": found["idle_watts"],
         "decode_j": None if found["energy_j"] is None else sum(found["energy_j"]),
         "decode_s": sum(found["decode_s"]),
@@ -188,16 +189,13 @@ def device_bandwidth_fraction(speed: Estimate, graph_size: int, batch_size: int,
 
 
 def device_estimate(found: dict[str, Any], manifest: Manifest) -> Estimate:
-    """Peak device memory; a value that had to be taken of the whole card says so."""
+    """Peak device memory; a value that had to be taken of the whole card, or of a shared pool, says so."""
     if not on_gpu(manifest.engine):
         return Estimate.missing("no GPU is used by this engine")
     peak = found["peak_device_mib"]
     if not peak:
-        return Estimate.missing("this GPU does not say how much memory a process uses (install nvidia-ml-py)")
-    estimate = Estimate.exact(peak)
-    if found["device_by_process"]:
-        return estimate
-    return dataclasses.replace(estimate, reason="growth of the whole card's use: the driver hides this process's own")
+        return Estimate.missing("neither NVML nor CUDA says how much memory is in use here (install nvidia-ml-py)")
+    return dataclasses.replace(Estimate.exact(peak), reason=found["device_reason"])
 
 
 def graph_bytes(manifest: Manifest) -> int:

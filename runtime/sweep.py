@@ -25,7 +25,7 @@ from edgestill.runtime.device import conditions, environment
 from edgestill.runtime.engines.opening import is_engine, on_gpu
 from edgestill.runtime.engines.plan import plan_of
 from edgestill.runtime.errors import BadInput
-from edgestill.runtime.gpu import open_gpu
+from edgestill.runtime.gpu import open_gpu, watched_gpu
 from edgestill.runtime.gpu_watch import GpuWatch
 from edgestill.runtime.manifest import Manifest, ModelFacts
 from edgestill.runtime.progress import Progress
@@ -111,7 +111,7 @@ def sweep_task(bundle: Path, request: dict[str, Any], emit: Emit) -> dict[str, A
 
     model = load(bundle, threads=request["threads"])
     compile_before_measuring(model.backend)
-    watch = GpuWatch(open_gpu() if on_gpu(read_manifest(bundle).engine) else None)
+    watch = GpuWatch(watched_gpu(open_gpu()) if on_gpu(read_manifest(bundle).engine) else None)
     rows = []
     for done, (kind, batch, tokens) in enumerate(request["cells"]):
         measure = prompt_ms if kind == "prompt" else depth_ms

@@ -25,7 +25,7 @@ from edgestill.runtime.child import Emit
 from edgestill.runtime.energy import Counter, open_counter
 from edgestill.runtime.engines.opening import on_gpu
 from edgestill.runtime.errors import BadInput
-from edgestill.runtime.gpu import DeviceMemory, open_gpu, open_gpu_energy
+from edgestill.runtime.gpu import open_gpu, open_gpu_energy, watched_gpu, watched_memory
 from edgestill.runtime.gpu_watch import GpuWatch
 from edgestill.runtime.manifest import ModelFacts
 from edgestill.runtime.reference import FOLDER, HELD_OUT
@@ -199,8 +199,8 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
 
     gpu_engine = on_gpu(read_manifest(bundle).engine)
     gpu = open_gpu() if gpu_engine else None
-    device = None if gpu is None else DeviceMemory(gpu)
-    watch, sampler = GpuWatch(gpu, device), RssSampler()
+    device = watched_memory(gpu) if gpu_engine else None
+    watch, sampler = GpuWatch(watched_gpu(gpu) if gpu_engine else None, device), RssSampler()
     load_ms, model = _timed_load(runtime.load, bundle, work.threads)
     compile_before_measuring(model.backend)
     phases = [(round(sampler.now(), 3), "loaded")]
@@ -241,10 +241,11 @@ def run_workload(bundle: Path, work: Workload, emit: Emit) -> dict[str, Any]:
         "energy_j": [run.joules for run in runs] if meter is not None else None,
         "decode_s": [run.decode_s for run in runs],
         "energy_reason": counter if isinstance(counter, str) else None,
+        "energy_of": None if meter is None else meter.what,
         "idle_watts": idle if meter is not None else None,
         "peak_rss_mib": peak,
         "peak_device_mib": None if device is None else device.peak_mib,
-        "device_by_process": device is not None and device.by_process,
+        "device_reason": None if device is None else device.reason,
         "gpu": watch.found(),
         "rss": sampler.points,
         "phases": phases,

@@ -1,4 +1,4 @@
-"""What a GPU says of itself: NVML's answers in our words, Jetson's files by hand, and silence where nothing is known."""
+"""What a GPU says of itself: NVML's answers in our words, and silence where nothing is known. Jetsons: test_jetson.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgestill.runtime import device as device_module
 from edgestill.runtime import gpu as gpu_module
 from edgestill.runtime.commands_profiles import profile_text
 from edgestill.runtime.device import describe_gpu
-from edgestill.runtime.gpu import DeviceMemory, Gpu, GpuEnergy, JetsonEnergy, jetson_rail, open_gpu_energy
+from edgestill.runtime.gpu import DeviceMemory, Gpu, GpuEnergy, open_gpu_energy
 
 MIB = 1 << 20
 
@@ -83,7 +83,9 @@ def test_what_a_card_does_not_say_is_none() -> None:
     refused = dict.fromkeys(
         ("nvmlDeviceGetMemoryBusWidth", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetTotalEnergyConsumption"), NVMLError()
     )
+    refused["nvmlDeviceGetCudaComputeCapability"] = NVMLError()
     gpu = Gpu(Nvml(**refused))
+    assert gpu.identity()["compute_capability"] is None
     assert gpu.identity()["memory_bandwidth_gb_per_s"] is None
     assert gpu.conditions()["power_w"] is None
     assert open_gpu_energy(gpu) == "this GPU keeps no energy counter"
@@ -101,7 +103,7 @@ def test_memory_of_this_process_or_else_the_growth_of_all() -> None:
     nvml = Nvml()
     memory = DeviceMemory(Gpu(nvml))
     memory.look()
-    assert (memory.peak_mib, memory.by_process) == (300, True)
+    assert (memory.peak_mib, memory.by_process, memory.reason) == (300, True, None)
     hidden = Nvml(nvmlDeviceGetComputeRunningProcesses=[SimpleNamespace(pid=1, usedGpuMemory=5)])
     memory = DeviceMemory(Gpu(hidden))
     hidden.answers["nvmlDeviceGetMemoryInfo"] = SimpleNamespace(total=0, used=1700 * MIB)
@@ -109,6 +111,7 @@ def test_memory_of_this_process_or_else_the_growth_of_all() -> None:
     hidden.answers["nvmlDeviceGetMemoryInfo"] = SimpleNamespace(total=0, used=1200 * MIB)
     memory.look()
     assert (memory.peak_mib, memory.by_process) == (700, False)
+    assert memory.reason == "growth of the whole card's use: the driver hides this process's own"
 
 
 @pytest.mark.parametrize(
@@ -128,45 +131,11 @@ def test_of_several_cards_the_one_that_cuda_uses(
     assert (gpu_module.open_gpu() is None) == (bus_id is not None), "never another card than the one that is used"
 
 
-def rail(root: Path, number: int, label: str, millivolts: int, milliamperes: int) -> None:
-    folder = root / "hwmon3"
-    folder.mkdir(exist_ok=True, parents=True)
-    (folder / "name").write_text("ina3221\n")
-    (folder / f"in{number}_label").write_text(f"{label}\n")
-    (folder / f"in{number}_input").write_text(f"{millivolts}\n")
-    (folder / f"curr{number}_input").write_text(f"{milliamperes}\n")
-
-
-def test_jetsons_rail_of_the_whole_board(tmp_path: Path) -> None:
-    rail(tmp_path, 2, "VDD_CPU_GPU_CV", 5000, 1000)
-    found = jetson_rail(tmp_path)
-    assert found is not None and (found.name, found.watts()) == ("VDD_CPU_GPU_CV", 5.0)
-    rail(tmp_path, 1, "VDD_IN", 5000, 1500)
-    found = jetson_rail(tmp_path)
-    assert found is not None and (found.name, found.watts()) == ("VDD_IN", 7.5)
-    (tmp_path / "hwmon3" / "name").write_text("coretemp\n")
-    assert jetson_rail(tmp_path) is None and jetson_rail(tmp_path / "nowhere") is None
-
-
-def test_a_boards_energy_is_the_sum_of_its_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rail(tmp_path, 1, "VDD_IN", 5000, 1500)
-    found = jetson_rail(tmp_path)
-    assert found is not None
-    clock = [0.0]
-    monkeypatch.setattr(gpu_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(gpu_module.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    counter = JetsonEnergy(found)
-    clock[0] = 2.0
-    assert counter.joules() == 15.0
-    rail(tmp_path, 1, "VDD_IN", 5000, 2500)
-    clock[0] = 4.0
-    assert counter.joules() == 15.0 + 2 * (7.5 + 12.5) / 2
-
-
 def test_a_machine_with_a_gpu_describes_it_as_a_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from edgestill.profiles.load import load_profile
 
     monkeypatch.setattr(device_module, "open_gpu", lambda: Gpu(Nvml()))
+    monkeypatch.setattr(device_module, "open_cuda", lambda: None)
     found = describe_gpu()
     assert found is not None
     path = tmp_path / "card.yaml"
@@ -186,6 +155,7 @@ def test_no_nvml_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert gpu_module.open_gpu() is None
     assert str(open_gpu_energy()).startswith("no NVML here")
     monkeypatch.setattr(device_module, "gpu_identity", lambda: None)
+    monkeypatch.setattr(device_module, "open_cuda", lambda: None)
     assert run(["profiles", "detect", "--gpu"]) == 2
     assert run(["profiles", "cpu-x86", "--gpu"]) == 2
     lines = capsys.readouterr().err.splitlines()

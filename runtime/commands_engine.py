@@ -53,5 +53,7 @@ def engine(
     ]
     if "seconds" in record:
         peak = f", {record['peak_rss_mib']:.0f} MiB" if record["peak_rss_mib"] else ""
+        if record.get("peak_device_mib"):
+            peak += f" and {record['peak_device_mib']:.0f} MiB of the GPU"
         rows.append(("build", f"{record['seconds']:.1f} s{peak}{'' if stored.built_now else ' (done before)'}"))
     print_rows(rows)

@@ -52,7 +52,7 @@ class StoredEngine:
     data: bytes
     fingerprint: Fingerprint
     record: dict[str, Any]
-    """What the build took: seconds, peak_rss_mib, bytes, layers; `folder` where it is kept."""
+    """What the build took: seconds, peak_rss_mib, peak_device_mib, bytes, layers; `folder` where it is kept."""
     built_now: bool
 
 
@@ -158,6 +158,8 @@ def _build(
     folder: Path,
     emit: Emit | None,
 ) -> StoredEngine:
+    from edgestill.runtime.gpu import open_gpu, watched_memory
+    from edgestill.runtime.gpu_watch import GpuWatch
     from edgestill.runtime.workload import peak_resident_mib
 
     seal(b"", fingerprint.digest)  # a key that can't be kept is refused before the minutes that a build takes
@@ -170,6 +172,8 @@ def _build(
         home() / "timing" / "-".join(filter(None, (plan.flavour, library.version, target.compute_capability, card)))
     )
     known = timing.read_bytes() if timing.is_file() else b""
+    memory = None if target.ahead else watched_memory(open_gpu())  # ahead nothing runs on a GPU
+    watch = GpuWatch(None, memory)
     started = time.perf_counter()
     try:
         built = builder.build(
@@ -181,12 +185,15 @@ def _build(
             known,
         )
     finally:
+        watch.end()
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / LOG, ("\n".join(lines) + "\n").encode())
     record = {
         "seconds": round(time.perf_counter() - started, 3),
         "parse_seconds": round(built.parse_seconds, 3),
         "peak_rss_mib": peak_resident_mib(),
+        "peak_device_mib": None if memory is None else round(memory.peak_mib, 1),
+        "device_memory": None if memory is None else memory.reason or "of the building process",
         "bytes": len(built.data),
         "layers": built.layers,
         "attention_layers": built.attention_layers,

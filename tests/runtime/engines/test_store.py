@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from engines import make_engine_bundle
 
+from edgestill.runtime import gpu
 from edgestill.runtime.bundle import open_bundle, verify_bundle
 from edgestill.runtime.engines import store, trust
 from edgestill.runtime.engines.builder import BuiltEngine
@@ -63,7 +64,28 @@ def test_built_once_and_found_again(bundle: Any) -> None:
     assert (folder / "build.log").read_text() == "info: building\n"
     record = json.loads((folder / "engine.json").read_text())["build"]
     assert record["bytes"] == 8 and record["layers"] == 10 and record["seconds"] >= 0.2
+    assert record["peak_rss_mib"] > 0
     assert verify_bundle(bundle.folder) == [], "local/ is not part of what is declared"
+
+
+class Memory:
+    """Device memory of 700 MiB while an engine is built, none before and after."""
+
+    reason = None
+    peak_mib = 0.0
+
+    def look(self) -> None:
+        self.peak_mib = max(self.peak_mib, 700.0 if Counting.asked else 0.0)
+
+
+@pytest.mark.parametrize(("ahead", "mib", "of"), [(False, 700.0, "of the building process"), (True, None, None)])
+def test_the_record_says_what_the_build_took_of_the_card(
+    ahead: bool, mib: float | None, of: str | None, bundle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ahead nothing runs on a card, even where there is one."""
+    monkeypatch.setattr(gpu, "watched_memory", lambda _: Memory())
+    record = build_engine(bundle, LIBRARY, Target("8.9", "13.0", ahead=ahead)).record
+    assert (record["peak_device_mib"], record["device_memory"]) == (mib, of)
 
 
 def test_measured_kernel_times_are_used_again_and_never_come_from_a_bundle(bundle: Any, tmp_path: Path) -> None:

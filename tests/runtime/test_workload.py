@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bundles import make_bundle
 
+from edgestill.runtime import workload
 from edgestill.runtime.measure import bandwidth_fraction, energy_estimate, latency_estimates
 from edgestill.runtime.reference import Reference, save_reference
 from edgestill.runtime.statistics import Estimate
@@ -70,3 +72,58 @@ def test_bandwidth_fraction_is_null_when_the_weights_fit_in_cache(monkeypatch: p
     assert "unknown" in str(bandwidth_fraction(speed, 50_000_000, 1, {}).reason)
     stated = {"device": {"last_level_cache_mib": 2}}
     assert bandwidth_fraction(speed, 50_000_000, 1, stated).value == pytest.approx(0.5)
+
+
+class Card:
+    """A GPU in its own words: the clock is high while tokens are made, and an event is written down for each question."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.peak_mib, self.reason = 0.0, None
+        self.what = "the whole card"
+
+    def conditions(self) -> dict[str, Any]:
+        self.events.append("conditions")
+        return {"sm_mhz": 2520}
+
+    def glance(self) -> tuple[float, list[str]]:
+        return 2520.0, []
+
+    def look(self) -> None:
+        self.events.append("look")
+        self.peak_mib = 700.0
+
+    def joules(self) -> float:
+        return 0.1 * self.events.count("generation")
+
+    def idle_watts(self) -> float:
+        return 0.5
+
+
+def test_the_measuring_process_asks_the_card_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions right before the first and right behind the last generation, memory between them, energy of all together."""
+    card = Card()
+    for name, value in {
+        "on_gpu": lambda _: True,
+        "open_gpu": lambda: None,
+        "watched_gpu": lambda _: card,
+        "watched_memory": lambda _: card,
+        "open_gpu_energy": lambda _: card,
+    }.items():
+        monkeypatch.setattr(workload, name, value)
+    once = workload.generate_once
+
+    def noted(*arguments: Any) -> Any:
+        card.events.append("generation")
+        return once(*arguments)
+
+    monkeypatch.setattr(workload, "generate_once", noted)
+    work = Workload(prompt_tokens=8, new_tokens=5, batch_size=1, threads=1, repeats=3)
+    found = workload.run_workload(make_bundle(tmp_path / "bundle"), work, lambda *_: None)
+    working = [event for event in card.events if event != "look"]
+    assert working == ["generation"] * 2 + ["conditions"] + ["generation"] * 3 + ["conditions"]
+    first = card.events.index("conditions")
+    assert "look" in card.events[first:]
+    assert found["gpu"]["start"] == found["gpu"]["end"] == {"sm_mhz": 2520}
+    assert (found["peak_device_mib"], found["device_reason"], found["energy_of"]) == (700.0, None, "the whole card")
+    assert len(found["energy_j"]) == len(found["decode_s"]) == 3 and found["idle_watts"] == 0.5

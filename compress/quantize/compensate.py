@@ -45,8 +45,8 @@ def compensated(weight: Tensor, moment: Tensor, grid: Grid, damping: float = DAM
         damping: see DAMPING.
 
     Raises:
-        ValueError: `moment` is not [K, K], or damping is not positive.
-        torch.linalg.LinAlgError: `moment` is no moment (not positive semi-definite, or not finite).
+        ValueError: `moment` is not [K, K] or not finite, or damping is not positive.
+        torch.linalg.LinAlgError: `moment` is no moment (not positive semi-definite).
     """
     inputs = weight.shape[1]
     if moment.shape != (inputs, inputs):
@@ -55,7 +55,7 @@ def compensated(weight: Tensor, moment: Tensor, grid: Grid, damping: float = DAM
         raise ValueError(f"damping {damping} must be positive: inputs may be dead or linearly dependent")
     feedback = _feedback(moment, damping)
     rows = max(1, CHUNK_VALUES // inputs)
-    return torch.cat([_compensated(part, feedback, grid) for part in weight.split(rows)])
+    return torch.cat([_compensated(part, feedback, grid) for part in torch.split(weight, rows)])
 
 
 def _compensated(weight: Tensor, feedback: Tensor, grid: Grid) -> Tensor:
@@ -93,7 +93,7 @@ def _feedback(moment: Tensor, damping: float) -> Tensor:
     factor = torch.linalg.cholesky((moment + ridge * identity).flip(0, 1)).flip(0, 1)
     feedback: Tensor = torch.linalg.solve_triangular(factor, identity, upper=True)
     if not feedback.isfinite().all():
-        raise torch.linalg.LinAlgError("the moment is not finite")
+        raise ValueError("the moment is not finite")
     return feedback
 
 

@@ -116,8 +116,8 @@ def ablate(
         if MIXED in corpus.domains:
             raise BadInput(f"data: a domain is called {MIXED!r}, as the table calls all of them; rename it")
         part: PartName = "held_out" if held_out else "validation"
-        judged = identity(corpus.held_out if held_out else corpus.validation)
-        sealed = identity(corpus.held_out) if seal and not held_out else None
+        judged = identity(part_of(corpus, part))
+        sealed = identity(part_of(corpus, "held_out")) if seal and not held_out else None
         shared = Shared(space, corpus, stage.key, part, judged, sealed, given, {}, {})
         _calibrate(shared, chosen.rows)
         first = loaded.recipe.train.seed if first_seed is None else first_seed
@@ -276,7 +276,7 @@ def _judge_group(runs: dict[str, Run], shared: Shared, folder: Path) -> dict[str
         names = ", ".join(t.name for t in at.teachers)
         progress.say(f"fused targets of {names}: left out, the teachers do not fit in memory together")
         return {}
-    part = part_of(at, shared.part)
+    part = part_of(shared.corpus, shared.part)
     teachers = [load_teacher(facts, at.device) for facts in at.teachers]
     rules = [rule for run in runs.values() if (rule := run.fused()) is not None]
     with progress.task(f"{len(rules)} fused targets", part.n_windows, "windows") as task:

@@ -22,9 +22,10 @@ import transformers
 
 from edgestill.compress.ablate_judge import F64, I64, FusedRule, judge_student, scored_tokens
 from edgestill.compress.ablate_rows import Row
-from edgestill.compress.corpus import Part, open_corpus
+from edgestill.compress.corpus import Corpus, Part, open_corpus
 from edgestill.compress.distill_student import aligned_of, made_of, student_of
 from edgestill.compress.distill_teachers import caches_of, compared_at
+from edgestill.compress.packing import some_of
 from edgestill.compress.setting import Setting
 from edgestill.compress.stages import Stage, Workspace, stage_key
 from edgestill.compress.teachers import TeacherFacts, best_device
@@ -39,6 +40,8 @@ FOLDER = "ablate"
 HELD_OUT = "held-out"
 MIXED = "mixed"
 """Name of the perplexity over all domains, beside theirs."""
+JUDGED_TOKENS = 1 << 17
+"""Of a part, for each student; standard errors of paired differences are far below what rows differ by."""
 FORMAT = 1
 CODE = 1
 """Revision of what judging computes; raise it when the same student would get another result."""
@@ -176,7 +179,7 @@ def train_and_judge(run: Run, progress: Progress) -> dict[str, Any]:
 
 
 def _judge(run: Run, stage: Stage, at: Setting, progress: Progress) -> dict[str, Any]:
-    part = part_of(at, run.part)
+    part = part_of(at.corpus, run.part)
     with progress.task("judging", part.n_windows, "windows") as task:
         nll = judge_student(stage.folder / "student", part, at.device, task)
     if not np.isfinite(nll).all():
@@ -209,9 +212,10 @@ def _judge(run: Run, stage: Stage, at: Setting, progress: Progress) -> dict[str,
     return result
 
 
-def part_of(at: Setting, name: PartName) -> Part:
-    """The windows that are judged."""
-    return at.corpus.validation if name == "validation" else at.corpus.held_out
+def part_of(corpus: Corpus, name: PartName) -> Part:
+    """The windows that are judged: about JUDGED_TOKENS, the same of each domain."""
+    part = corpus.validation if name == "validation" else corpus.held_out
+    return some_of(part, JUDGED_TOKENS // corpus.sequence_length)
 
 
 def means(nll: F64, part: Part, domains: Sequence[str]) -> dict[str, float]:

@@ -109,6 +109,15 @@ def window_blocks(ends: npt.NDArray[np.int64], n: int, length: int) -> npt.NDArr
     return (np.cumsum(fresh) - 1).astype(np.int32)
 
 
+def some_of(part: Part, windows: int) -> Part:
+    """The part itself, or about this many windows of it as `spread` chooses them."""
+    if part.n_windows <= windows:
+        return part
+    chosen = spread(part, windows)
+    mask = None if part.loss_mask is None else part.loss_mask[chosen]
+    return Part(part.token_ids[chosen], mask, part.domain[chosen], part.block[chosen], part.source[chosen])
+
+
 def spread(part: Part, windows: int) -> npt.NDArray[np.int64]:
     """About this many windows of a part, ascending: each domain the same number where it has them, evenly spaced."""
     domains = np.unique(part.domain)

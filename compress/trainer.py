@@ -36,6 +36,7 @@ from edgestill.compress.windows import OrderedWindows, collate
 from edgestill.profiles.schema import TrainSpec
 from edgestill.runtime.progress import Task
 
+EIGHT_BITS = "adamw_bnb_8bit"
 LOG_EVERY = 10
 KEPT_CHECKPOINTS = 2
 
@@ -110,7 +111,7 @@ def _arguments(spec: TrainSpec, steps: int, folder: Path, module: DistillModule)
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         adam_beta2=spec.adam_beta2,
-        optim="adamw_bnb_8bit" if spec.optimizer == "adamw_8bit" else "adamw_torch_fused",
+        optim=EIGHT_BITS if spec.optimizer == "adamw_8bit" else "adamw_torch_fused",
         bf16=bf16,
         use_cpu=device.type == "cpu",
         seed=spec.seed,
@@ -137,6 +138,17 @@ def _routes(student: PreTrainedModel) -> bool:
     return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
+def _keep_embedding_wide(student: PreTrainedModel) -> None:
+    """32-bit optimizer states for the embedding, as bitsandbytes advises.
+
+    transformers asks for them too, but by `module.weight`, which on a grid is not the parameter.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    parameter = student.get_input_embeddings()._parameters["weight"]
+    GlobalOptimManager.get_instance().override_config(parameter, key_value_dict={"optim_bits": 32})
+
+
 class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported untyped
     """Our loss, our order, atomic checkpoints."""
 
@@ -160,6 +172,12 @@ class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported
             inputs = {**inputs, "rewrite": partial(self._on_policy.rewrite, micro_step=micro_step)}
         loss: Tensor = model(**inputs, normaliser=num_items_in_batch.clamp_min(1))
         return loss * world()[0]  # the processes' gradients are averaged, and each is a share of all labels already
+
+    def create_optimizer(self, *arguments: Any, **words: Any) -> Any:
+        optimizer = super().create_optimizer(*arguments, **words)
+        if self.args.optim == EIGHT_BITS:
+            _keep_embedding_wide(self.model.student)
+        return optimizer
 
     def _micro_step(self) -> int:
         """Number of this micro-step in the whole run, also after a resume."""

@@ -33,6 +33,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "student": DROPOUT,
         "train": TRAIN,
     },
+    "8-bit optimizer": {
+        "quantize": {"scheme": "int4"},
+        "student": {"config": {**DROPOUT["config"], "hidden_size": 64}},
+        "train": {**TRAIN, "optimizer": "adamw_8bit"},
+    },
     "entering the grid by gptq": {
         "quantize": {"scheme": "int4", "from_step": 4, "initialize": "gptq"},
         "student": DROPOUT,
@@ -68,11 +73,17 @@ def train_and_die(recipe: Path, run: Path, moment: str) -> None:
     learn(prepared(recipe), run, uneven=True)
 
 
+def flat(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter; bitsandbytes keeps what is quantized in a level of its own."""
+    inner = {k: v for value in state.values() if isinstance(value, dict) for k, v in value.items()}
+    return {name: value for name, value in state.items() if not isinstance(value, dict)} | inner
+
+
 def left(module: DistillModule, run: Path) -> dict[str, Any]:
     """Every tensor that a run ends with: the module's state, what the optimizer remembers, the random state."""
     last = run / f"checkpoint-{STEPS}"
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)["state"]
-    moments = {f"{i}.{name}": value for i, state in optimizer.items() for name, value in state.items()}
+    moments = {f"{i}.{n}": torch.as_tensor(v) for i, state in optimizer.items() for n, v in flat(state).items()}
     drawn = torch.load(last / "rng_state.pth", weights_only=True)
     return {**module.state_dict(), **moments, "drawn": drawn["torch"]}
 

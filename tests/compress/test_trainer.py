@@ -59,6 +59,23 @@ def test_auxiliary_losses_are_a_share_of_the_output_loss_as_it_is_minimised(tmp_
         assert float(balance.main) == pytest.approx(0.02 * 0.5 * 2.0**2 * row["output"], rel=1e-4)
 
 
+@pytest.mark.parametrize("quantize", [None, {"scheme": "int8"}])
+def test_eight_bit_states_leave_the_embedding_in_32(quantize: dict[str, str] | None, tmp_path: Path) -> None:
+    """Also where its weight is read through a grid."""
+    config = {"hidden_size": 64, "intermediate_size": 96}
+    words = {"student": {"config": config}} | ({} if quantize is None else {"quantize": quantize})
+    case = prepared(write_recipe(tmp_path, train={"tokens": 2 * 4 * 32, "checkpoint_every_steps": 2}, **words))
+    module = learn(case, tmp_path / "run", optimizer="adamw_8bit")
+    state = torch.load(tmp_path / "run" / "checkpoint-2" / checkpoints.OPTIMIZER, weights_only=True)["state"]
+    moments = [
+        next(v["state1"] for v in (entry, *entry.values()) if isinstance(v, dict) and "state1" in v)
+        for entry in state.values()
+    ]
+    kinds = {moment.shape: moment.dtype for moment in moments}
+    assert kinds[module.student.get_input_embeddings()._parameters["weight"].shape] == torch.float32
+    assert kinds[torch.Size([64, 96])] == torch.uint8
+
+
 def test_precision_is_that_of_the_recipe_whatever_was_trained_before(tmp_path: Path) -> None:
     """transformers keeps bf16=True in the environment of the process."""
     case = prepared(write_recipe(tmp_path, train={"tokens": 2 * 4 * 32}))

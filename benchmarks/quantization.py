@@ -225,7 +225,7 @@ def table(
                 "perplexity_standard_error": rounded(reached.standard_error, 3),
                 "over_float_nats": rounded(over and over.nats, 5),
                 "standard_error": rounded(over and over.standard_error, 5),
-                "kl_nats": rounded(kl and kl.nats, 6),
+                "kl_nats": 0.0 if kl is None else round(kl.nats, 6),
                 "kl_standard_error": rounded(kl and kl.standard_error, 6),
                 "graph_mib": round(one["bytes"] / 2**20, 3),
                 "bundle_mib": round((one["bytes"] + one["tokenizer_bytes"]) / 2**20, 3),

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from edgestill.compress.quantize.fake_quant import FakeQuant
 from edgestill.compress.quantize.shipped import ShippedWeights, load_shipped_student
 from edgestill.export import stored
-from edgestill.export.onnx_export import ExportedGraph, export_onnx
+from edgestill.export.onnx_export import ExportedGraph, export_fused, export_onnx
 from edgestill.export.parity import ort_logits
 from edgestill.export.quantize import dequantize_graph, quantize_graph
+from edgestill.export.rewrite.rules import join_weights
 from edgestill.export.trained import NOT_TRAINED, trained_weights, why_not
 from edgestill.profiles.schema import PrecisionSpec, QuantizeSpec
 from edgestill.runtime.backends.ort import OrtBackend
@@ -190,13 +191,31 @@ def test_logits_are_those_of_the_trained_forward_and_so_is_every_greedy_token(
     name: str, family: str, trained: Any
 ) -> None:
     case = trained(name, family)
-    facts, graph = case.export.facts, case.export.graph
+    assert_as_trained(case, case.path, case.export)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
+def test_so_are_those_of_the_graph_that_ships(name: str, family: str, trained: Any, tmp_path: Path) -> None:
+    """Attention fused with its cache, weights joined last."""
+    case = trained(name, family)
+    fused, _ = export_fused(case.checkpoint, case.export, tmp_path / "fused")
+    path = tmp_path / "model.onnx"
+    quantize_graph(fused.path, path, case.precision, given=trained_weights(case.checkpoint, case.precision))
+    join_weights(path)
+    assert fused.graph.cache == "shared"
+    assert_as_trained(case, path, fused)
+
+
+def assert_as_trained(case: Trained, path: Path, exported: ExportedGraph) -> None:
+    """Logits within 1e-5, and 256 greedy tokens through the cache, of the student as it was trained."""
+    facts, graph = exported.facts, exported.graph
     ids = np.random.default_rng(0).integers(1, 263, (2, 24))
     with torch.no_grad():
         theirs = case.student(torch.from_numpy(ids)).logits.numpy()
         again = load_shipped_student(case.checkpoint)(torch.from_numpy(ids)).logits.numpy()
     assert np.array_equal(theirs, again)
-    ours = ort_logits(case.path, facts, graph, ids)
+    ours = ort_logits(path, facts, graph, ids)
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
     with torch.no_grad():
         expected = case.student.generate(
@@ -207,7 +226,7 @@ def test_logits_are_those_of_the_trained_forward_and_so_is_every_greedy_token(
             pad_token_id=0,
             bad_words_ids=[[0]],
         )[0, 4:].tolist()
-    backend = OrtBackend(case.path, facts, graph)
+    backend = OrtBackend(path, facts, graph)
     state, token, found = backend.new_state(1, STEPS + 4), ids[:1, :4].astype(np.int64), []
     for _ in range(STEPS):
         logits = backend.step(state, token)[0, -1].copy()

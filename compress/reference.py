@@ -77,13 +77,7 @@ def make_reference(
     asked = torch.nn.functional.pad(torch.from_numpy(scored).to(device).bool(), (1, 0))
     # weights pool over what counts, as in training; what does not count has answers too, so that rows and tokens correspond
     halves = [Rows.of(ids.masked_fill(~chosen, IGNORE), domain) for chosen in (asked, ~asked)]
-    arrays = _joined(
-        [
-            (rows, _answers(rows, _at(ours, rows), [_at(t, rows) for t in theirs], rule, spec.top_k))
-            for rows in halves
-            if rows.labels.numel()
-        ]
-    )
+    arrays = _joined([(rows, _answers(rows, ours, theirs, rule, spec.top_k)) for rows in halves if rows.labels.numel()])
     fused = None
     if theirs:
         names_of_fused = ("ids", "logp", "tail", "entropy", "label")
@@ -145,7 +139,8 @@ def _joined(parts: Sequence[tuple[Rows, dict[str, npt.NDArray[Any]]]]) -> dict[s
 def _answers(
     rows: Rows, ours: TeacherRows, theirs: Sequence[TeacherRows], rule: WeightRule | None, top_k: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """All answers on the n rows of the windows; every array has n rows (`teachers` columns)."""
+    """All answers on n rows of the windows; every array has n rows (`teachers` columns). Models are given with all positions."""
+    ours, theirs = _at(ours, rows), [_at(teacher, rows) for teacher in theirs]
     target = OnlineTarget(theirs, rule, rows) if rule is not None and theirs else None
     out: dict[str, list[Tensor]] = {}
     for part in row_ranges(rows, target, ours.head.shape[0], DEFAULT_CHUNK_BYTES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,6 +72,11 @@ def ablate(
     except KeyboardInterrupt:
         progress.say("stopped; the same command goes on from here")
         raise
+    _show(table)
+
+
+def _show(table: dict[str, Any]) -> None:
+    """The table, and an error where rows have failed."""
     upper("compress.ablate_table").print_table(table)
     if table["failures"]:
         lines = [f"row {label}: {why}" for label, why in table["failures"].items()]

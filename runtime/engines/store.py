@@ -167,10 +167,7 @@ def _build(
     builder = EngineBuilder(
         library, lines.append, None if emit is None else lambda _, done, total: emit(done, total, "steps")
     )
-    card = re.sub("[^a-z0-9]+", "-", (target.gpu or "").lower()).strip("-")
-    timing = (
-        home() / "timing" / "-".join(filter(None, (plan.flavour, library.version, target.compute_capability, card)))
-    )
+    timing = _timing_file(library, target, plan)
     known = timing.read_bytes() if timing.is_file() else b""
     memory = None if target.ahead else watched_memory(open_gpu())  # ahead nothing runs on a GPU
     watch = GpuWatch(None, memory)
@@ -211,6 +208,13 @@ def _build(
         timing.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(timing, built.timing_cache)
     return StoredEngine(built.data, fingerprint, {**record, "folder": str(folder)}, built_now=True)
+
+
+def _timing_file(library: Library, target: Target, plan: EnginePlan) -> Path:
+    """Where what was timed on this card is kept for the next engine."""
+    card = re.sub("[^a-z0-9]+", "-", (target.gpu or "").lower()).strip("-")
+    words = (plan.flavour, library.version, target.compute_capability, card)
+    return home() / "timing" / "-".join(filter(None, words))
 
 
 def places(bundle: Bundle, fingerprint: Fingerprint) -> tuple[Path, Path]:

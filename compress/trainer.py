@@ -143,10 +143,11 @@ def _keep_embedding_wide(student: PreTrainedModel) -> None:
 
     transformers asks for them too, but by `module.weight`, which on a grid is not the parameter.
     """
-    from bitsandbytes.optim import GlobalOptimManager
+    import bitsandbytes.optim
 
+    optim: Any = bitsandbytes.optim  # partly typed
     parameter = student.get_input_embeddings()._parameters["weight"]
-    GlobalOptimManager.get_instance().override_config(parameter, key_value_dict={"optim_bits": 32})
+    optim.GlobalOptimManager.get_instance().override_config(parameter, key_value_dict={"optim_bits": 32})
 
 
 class DistillTrainer(Trainer):  # type: ignore[misc]  # transformers is imported untyped

@@ -33,7 +33,7 @@ from edgestill.compress.distill_student import STATE, student_of
 from edgestill.compress.distill_teachers import caches_of, calibrations_of, compared_at, with_offsets
 from edgestill.compress.inputs import Inputs, check_inputs
 from edgestill.compress.low_rank import load_student
-from edgestill.compress.packing import spread
+from edgestill.compress.packing import Part, some_of, spread
 from edgestill.compress.processes import first_then_others, from_first, is_first, joined, share_of
 from edgestill.compress.reference import choose_windows, make_reference
 from edgestill.compress.reinforced import SelectionPolicy
@@ -47,6 +47,8 @@ from edgestill.runtime.progress import Progress, QuietProgress
 from edgestill.runtime.reference import save_reference
 
 CALIBRATION_WINDOWS = 64
+COMPARED_WINDOWS = 256
+"""Of validation text, for choices after training."""
 CODE = {"corpus": 2, "reference": 1}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 
@@ -64,6 +66,8 @@ class Distilled:
     training_log: list[dict[str, Any]]
     calibration: npt.NDArray[np.int64]
     """int64 [W, T] windows of training text, evenly over its domains, for quantization that looks at activations."""
+    validation: Part
+    """Windows of validation text, evenly over its domains, for choices after training."""
     stages: tuple[Stage, ...]
 
 
@@ -120,6 +124,7 @@ def run(loaded: LoadedRecipe, given: Inputs, space: Workspace) -> Distilled:
         facts=facts,
         training_log=read_log(trained.folder / LOG),
         calibration=corpus.training.token_ids[spread(corpus.training, CALIBRATION_WINDOWS)].astype(np.int64),
+        validation=some_of(corpus.validation, COMPARED_WINDOWS),
         stages=tuple(space.done),
     )
 

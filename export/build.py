@@ -59,6 +59,7 @@ def build(recipe: str, profiles: list[str], out: Path | None, force: bool, progr
             teacher_paths={t.name: (t.path, t.precision) for t in teachers},
             training_log=made.training_log,
             calibration=made.calibration,
+            validation=made.validation,
         )
         verdicts = [ship(origin, target, space, progress) for target in found.targets]
         for stage in space.done:

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from edgestill.compress.low_rank import load_student
+from edgestill.compress.quantize.lookup_moment import lookup_moment
 from edgestill.export.graph_io import load_graph, save_graph
 from edgestill.export.linear_layers import Linear, Table, find_weights
 from edgestill.export.nodes import constant_array
@@ -31,6 +34,12 @@ Feeds = dict[str, npt.NDArray[Any]]
 
 MOMENT_BYTES = 512 << 20
 """Moments held at a time: 16 inputs of width 2048, or every input of a small student."""
+
+
+def looked_up_moment(checkpoint: Path, windows: npt.NDArray[np.int64]) -> F64:
+    """`lookup_moment` float64 [H, H] of a checkpoint's embedding over `windows` int64 [W, T]; a graph has no gradients."""
+    student = load_student(checkpoint, torch.float32).eval()
+    return np.asarray(lookup_moment(student, windows).numpy(), np.float64)
 
 
 def linear_layers(graph: ir.Graph) -> dict[str, list[Linear]]:

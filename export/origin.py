@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgestill.compress.packing import Part
 from edgestill.runtime.manifest import ModelFacts
 from edgestill.runtime.reference import load_reference
 
@@ -31,6 +32,8 @@ class Origin:
     training_log: list[dict[str, Any]]
     calibration: npt.NDArray[np.int64] | None = None
     """int64 [W, T] windows of training text, for methods that look at activations; None: there is no text but held-out text."""
+    validation: Part | None = None
+    """Windows to choose by, None where there are none."""
 
 
 def compared_windows(origin: Origin, facts: ModelFacts) -> npt.NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """Choosing 4-bit codes after training, better than round-to-nearest, on the same grid (blockwise.py): GPTQ and HQQ.
 
-    gptq   least error of the layer's output on calibration text, E |x W - x W'|^2     Frantar et al., arXiv 2210.17323
+    gptq   least error of the layer's output on calibration text, E |x W - x W'|^2     Frantar et al., arXiv 2210.17323;
+           an embedding by what its errors cost the model (compress/quantize/lookup_moment.py), a tied one by both
     hqq    least sum of |w - w'|^0.7, no text needed     Badri and Shaji, mobiusml.github.io/hqq_blog
 
 Why these are written here. onnxruntime 1.31 ships a GPTQ that reads its upper Cholesky factor by columns, below the diagonal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import torch
 
 from edgestill.compress.quantize.compensate import DAMPING, compensated
@@ -30,6 +32,7 @@ from edgestill.export.graph_io import load_graph
 from edgestill.export.input_moments import F64, MOMENT_BYTES, Feeds, input_moments, linear_layers, moment_groups
 from edgestill.export.linear_layers import Linear, Table, find_weights
 from edgestill.export.nodes import constant_array
+from edgestill.export.quantize import ByValues, digest_of
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.progress import Task
@@ -49,20 +52,24 @@ def quantize_weights(
     feeds: Iterable[Feeds],
     task: Task | None = None,
     *,
+    looked_up: F64 | None = None,
     moment_bytes: int = MOMENT_BYTES,
 ) -> dict[str, BlockWeight]:
     """Initializer name -> blocks, for every linear layer of the float32 graph (a tied embedding has its head's).
 
     `feeds` (read by gptq only) are kept, and run once per group of layers whose moments fit in `moment_bytes` (see
-    `moment_groups`). `task` advances by 1 per weight: `matrix_names` counts them. Tables that no layer multiplies by are
-    absent.
+    `moment_groups`). `task` advances by 1 per linear layer: `matrix_names` counts them. With `looked_up`, the embedding's
+    `lookup_moment` float64 [H, H], gptq minds what the embedding is looked up for; a table that no layer multiplies by is absent
+    without it.
 
     Raises:
         BadInput: a precision other than int4, no feeds, or a graph that cannot be calibrated.
     """
     if precision.weights != "int4":
         raise BadInput(f"{method} makes int4, not precision.weights {precision.weights}; use round-to-nearest for that")
-    layers = linear_layers(load_graph(graph_path).graph)
+    graph = load_graph(graph_path).graph
+    layers = linear_layers(graph)
+    tables = _embeddings(graph, len(looked_up)) if method == "gptq" and looked_up is not None else {}
     kept = list(feeds) if method == "gptq" else []
     blocks: dict[str, BlockWeight] = {}
     for names in moment_groups(layers, moment_bytes):
@@ -70,12 +77,23 @@ def quantize_weights(
         for name in names:
             matrix = _matrix(layers[name][0])
             if method == "gptq":
-                blocks[name] = gptq(matrix, moments[name], precision.block_size, precision.symmetric)
+                moment = moments[name] if name not in tables or looked_up is None else moments[name] + looked_up
+                blocks[name] = gptq(matrix, moment, precision.block_size, precision.symmetric)
             else:
                 blocks[name] = hqq(matrix, precision.block_size, precision.symmetric)
             if task is not None:
                 task.advance(note=name)
+    for name, table in tables.items():
+        if name not in layers and looked_up is not None:
+            blocks[name] = gptq(table, looked_up, precision.block_size, precision.symmetric)
     return blocks
+
+
+def by_values(graph_path: Path, blocks: dict[str, BlockWeight]) -> ByValues:
+    """`blocks` of `quantize_weights` as what `quantize_graph` is given, also for another graph of the same weights."""
+    graph = load_graph(graph_path).graph
+    found = _embeddings(graph) | matrices(graph_path)
+    return ByValues({digest_of(found[name]): block for name, block in blocks.items()})
 
 
 def matrices(graph_path: Path) -> dict[str, F32]:
@@ -86,6 +104,12 @@ def matrices(graph_path: Path) -> dict[str, F32]:
 def matrix_names(graph_path: Path) -> tuple[str, ...]:
     """The keys of `quantize_weights`, in graph order."""
     return tuple(linear_layers(load_graph(graph_path).graph))
+
+
+def _embeddings(graph: ir.Graph, hidden: int | None = None) -> dict[str, F32]:
+    """Initializer name -> float32 [H, rows] of every table, or those of this H: positions are added to tokens, and felt alike."""
+    tables = {str(w.weight.name): constant_array(w.weight).T for w in find_weights(graph) if isinstance(w, Table)}
+    return {name: table for name, table in tables.items() if hidden in (None, len(table))}
 
 
 def untied_tables(graph_path: Path) -> list[tuple[int, int]]:

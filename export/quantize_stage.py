@@ -24,7 +24,7 @@ from edgestill.compress.stages import Stage, Workspace
 from edgestill.export.blockwise import BlockWeight, quantize_int4, quantize_int8
 from edgestill.export.engine.make import FLOATS, capacity_for, for_engine, lower_graph, ship_graph
 from edgestill.export.graph_io import copy_graph
-from edgestill.export.input_moments import Feeds, window_feeds
+from edgestill.export.input_moments import F64, Feeds, looked_up_moment, window_feeds
 from edgestill.export.mixed_precision import in_eight_bits, sensitivities
 from edgestill.export.onnx_export import ExportedGraph, Exports
 from edgestill.export.origin import Origin, compared_windows, held_out_index
@@ -37,13 +37,11 @@ from edgestill.export.parity import (
     parity_limit,
     parity_rows,
 )
-from edgestill.export.post_training import matrices, matrix_names, quantize_weights, untied_tables
+from edgestill.export.post_training import by_values, matrices, matrix_names, quantize_weights, untied_tables
 from edgestill.export.quantize import (
-    ByValues,
     Given,
     QuantizationReport,
     dequantize_graph,
-    digest_of,
     graph_bytes,
     quantize_graph,
 )
@@ -57,7 +55,7 @@ from edgestill.runtime.manifest import Graph
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.reference import save_parity
 
-CODE = 5
+CODE = 6
 """Revision of what this stage computes; raise it when the same inputs would give another result."""
 MIXED_WINDOWS = 8
 """Calibration windows on which sensitivities are measured: each is run once per weight."""
@@ -185,34 +183,35 @@ def _weights(
         )
     windows = origin.calibration if origin.calibration is not None else np.zeros((0, 1), np.int64)
     feeds = list(window_feeds(exported.graph, windows))
-    blocks = _int4_blocks(precision, exported.path, feeds, progress)
+    looked_up = looked_up_moment(origin.student, windows) if precision.method == "gptq" else None
+    blocks = _int4_blocks(precision, exported.path, feeds, looked_up, progress)
     if precision.graph_mib is not None:
         blocks |= _in_eight_bits(precision, exported.path, blocks, feeds[:: -(-len(feeds) // MIXED_WINDOWS)], progress)
-    found = matrices(exported.path)
-    return ByValues({digest_of(found[name]): block for name, block in blocks.items()}), precision.method
+    return by_values(exported.path, blocks), precision.method
 
 
 def _int4_blocks(
-    precision: PrecisionSpec, graph: Path, feeds: list[Feeds], progress: Progress
+    precision: PrecisionSpec, graph: Path, feeds: list[Feeds], looked_up: F64 | None, progress: Progress
 ) -> dict[str, BlockWeight]:
     """Every linear layer's weight in 4 bits by the profile's method."""
     if precision.method != "nearest":
         with progress.task(precision.method, len(matrix_names(graph)), "weights") as task:
-            return quantize_weights(graph, precision, precision.method, feeds, task)
+            return quantize_weights(graph, precision, precision.method, feeds, task, looked_up=looked_up)
     return {n: quantize_int4(m, precision.block_size, precision.symmetric) for n, m in matrices(graph).items()}
 
 
 def _in_eight_bits(
     precision: PrecisionSpec, graph: Path, blocks: dict[str, BlockWeight], feeds: list[Feeds], progress: Progress
 ) -> dict[str, BlockWeight]:
-    """Those that the budget lets have 8 bits."""
+    """Those layers that the budget lets have 8 bits."""
+    float32 = matrices(graph)
+    blocks = {name: blocks[name] for name in float32}
     with progress.task("sensitivity", len(blocks), "weights") as task:
         felt = sensitivities(graph, blocks, feeds, task)
     shapes = {name: (block.inputs, block.outputs) for name, block in blocks.items()}
     beside = untied_tables(graph)
     chosen = in_eight_bits(felt, shapes, precision.block_size, precision.graph_mib or 0.0, beside)
     progress.say(f"in 8 bits: {len(chosen)} of {len(blocks)} weights")
-    float32 = matrices(graph)
     return {name: quantize_int8(float32[name], precision.block_size) for name in chosen}
 
 

@@ -1,7 +1,8 @@
 """One bundle for one profile: export, quantize, measure, judge, write.
 
     7. onnx        the student through Optimum, float32, plain and fused, and the parity gate of both against torch
-    8. quantize    the fused graph in the profile's precision, and its yardstick: the float32 graph of the shipped weights
+    8. quantize    the fused graph in the profile's precision, and its yardstick: the float32 graph of the shipped weights;
+                   where the profile asks, other ways to store the weights beside it
     9. speed       the teachers and the float student in torch, on this machine, same workload
    10. bundle      staged, checked in a process of its own, given its report, renamed into place
 
@@ -22,6 +23,7 @@ from typing import Any
 from edgestill.compress.stages import Stage, Workspace
 from edgestill.compress.torch_speed import measure_apart
 from edgestill.export.bundle_writer import finish_bundle, stage_bundle, tokenizer_files
+from edgestill.export.compare_stage import compare_weights, name_of_shipped
 from edgestill.export.engine.make import capacity_for, describe_engine_graph, engine_facts, for_engine
 from edgestill.export.genai_config import genai_config
 from edgestill.export.model_facts import facts_of_checkpoint
@@ -57,6 +59,9 @@ def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Prog
     if failed := [row for row in quantized.info["parity"] if not row["passed"]]:
         return _parity_failed(final, failed, progress)
     shutil.rmtree(_failure(final), ignore_errors=True)
+    compared = compare_weights(origin, target, onnx, exports, space)
+    if compared is not None:
+        compared = {**compared, "ships": name_of_shipped(target.profile.precision, quantized.info["weights_from"])}
     speeds = _speed_stage(origin, target, space)
     key = hashlib.sha256(
         canonical_json(
@@ -80,7 +85,7 @@ def ship(origin: Origin, target: LoadedProfile, space: Workspace, progress: Prog
     try:
         engines = _engine_ahead(staged, progress) if target.profile.ship_engine else {}
         report = check_bundle(staged, progress, keep=False)
-        files = _report_files(report, manifest, origin, onnx, quantized) | engines
+        files = _report_files(report, manifest, origin, onnx, quantized, compared) | engines
         finish_bundle(staged, files, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -252,7 +257,12 @@ def _contents(origin: Origin, target: LoadedProfile, exports: Exports, quantized
 
 
 def _report_files(
-    report: Report, manifest: Manifest, origin: Origin, onnx: Stage, quantized: Stage
+    report: Report,
+    manifest: Manifest,
+    origin: Origin,
+    onnx: Stage,
+    quantized: Stage,
+    compared: dict[str, Any] | None,
 ) -> dict[str, bytes | Path]:
     """report/: report.json with the rows of both parity gates, report.html, training.jsonl."""
     content = report.to_json()
@@ -260,6 +270,8 @@ def _report_files(
     content["rewrites"] = [*onnx.info["rewrites"], *quantized.info["rewrites"]]
     kept = ("weights_from", "quantized", "left_float", "bits_per_weight")
     content["quantization"] = {name: quantized.info[name] for name in kept}
+    if compared is not None:
+        content["weights"] = compared
     files: dict[str, bytes | Path] = {"report/report.json": (json.dumps(content, indent=1) + "\n").encode()}
     if origin.training_log:
         files["report/training.jsonl"] = "".join(json.dumps(row) + "\n" for row in origin.training_log).encode()

@@ -24,7 +24,8 @@ class QuantizeSpec(Words):
     """Optimizer steps in float before."""
     initialize: Literal["nearest", "gptq"] = "nearest"
     """How float weights enter the grid at from_step. gptq: they move once, so that rounding them to nearest makes up for its own
-    errors (arXiv 2210.17323), from what 64 training windows bring to each layer. For schemes of 4 bits."""
+    errors (arXiv 2210.17323), from what 64 training windows bring to each layer, and from what the loss feels of each row that
+    the embedding looks up. For schemes of 4 bits."""
     ramp_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the weights move from float to the grid, linearly."""
     freeze_scales_at_step: Count | None = None

@@ -287,6 +287,9 @@ class Profile(Words):
     precision: PrecisionSpec = PrecisionSpec()
     portable: bool = False
     """Also ship plain ONNX operators under portable/, for other runtimes."""
+    compare_weights: list[Literal["int8", "int4", "nf4", "fp4"]] = Field(default_factory=list)
+    """Also store the student's weights so, each in every way there is (rounded, GPTQ, HQQ, trained), and judge the files on
+    validation text beside the float weights: a table in report.html, seconds per way for a small student. Not for engines."""
     ship_engine: bool = False
     """tensorrt-rtx: also ship the engine, built where the bundle is; else the target builds it at first use."""
     budget: dict[BudgetName, Positive] = Field(default_factory=dict)
@@ -307,6 +310,10 @@ class Profile(Words):
         if self.ship_engine and self.device.engine != "tensorrt-rtx":
             raise ValueError(
                 f"ship_engine: {self.device.engine} builds engines on the target only; use tensorrt-rtx or ship_engine: false"
+            )
+        if self.compare_weights and self.device.engine != CPU_ENGINE:
+            raise ValueError(
+                f"compare_weights: runs every way on {CPU_ENGINE}, not on {self.device.engine}; compare in a profile for a CPU"
             )
         if self.device.on_gpu and self.precision.accuracy_level == 4:
             raise ValueError(

@@ -224,6 +224,7 @@ def page(report: Mapping[str, Any], manifest: Mapping[str, Any], training: Seque
         beside=rows_beside(report),
         beside_columns=COLUMNS,
         rewrites=rewrites_of(report),
+        weights=report.get("weights") or {},
         engine={name: value for name, value in (report.get("engine") or {}).items() if name != "folder"},
         heard=teacher_means(training, histograms),
     )

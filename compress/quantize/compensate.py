@@ -6,6 +6,8 @@ error is made up for by the inputs not yet rounded. Not the codes are kept here,
     compensated(W)      W~ such that the nearest values of W~ on the grid are GPTQ's Q
     compensate_student  the same for every layer of a student that is about to be trained on its grid
 
+A row of the embedding is multiplied by nothing: what its errors cost is in lookup_moment.py, and a tied embedding answers for both.
+
 So whatever rounds to nearest (a training that goes on, an export) needs no codes of another kind. For that the scales of a block
 must be the same before and after: its largest and smallest weight keep their value, and all others stay between them.
 """
@@ -19,12 +21,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from edgestill.compress.processes import world
 from edgestill.compress.quantize.fake_quant import FakeQuant, GridLayer
 from edgestill.compress.quantize.grids import Grid, Scales
+from edgestill.compress.quantize.lookup_moment import lookup_moment
 from edgestill.compress.teachers import hidden_states
 
 DAMPING = 0.01
@@ -102,12 +105,11 @@ def _feedback(moment: Tensor, damping: float) -> Tensor:
 
 @torch.no_grad()
 def compensate_student(fake: FakeQuant, student: PreTrainedModel, windows: npt.NDArray[np.int64]) -> None:
-    """Move the float weights of every linear layer on the grid, from what they let the student compute of `windows` int64 [W, T].
+    """Move the float weights of every layer on the grid, from what they let the student compute of `windows` int64 [W, T].
 
-    A tied embedding moves with its head; one of its own stays, since it multiplies nothing. With several processes all get
-    the weights of the first.
+    With several processes all get the weights of the first.
     """
-    layers = {layer.name: layer for layer in fake.layers() if not isinstance(layer.module, nn.Embedding)}
+    layers = {layer.name: layer for layer in fake.layers()}
     training = student.training
     student.eval()
     try:
@@ -140,9 +142,10 @@ def _groups(layers: Mapping[str, GridLayer]) -> Iterator[dict[str, GridLayer]]:
 def _moments(
     layers: Mapping[str, GridLayer], student: PreTrainedModel, windows: npt.NDArray[np.int64]
 ) -> dict[str, Tensor]:
-    """E[x x'] float64 [K, K] by name; a batch is summed in float32, batches in float64."""
+    """Float64 [K, K] by name: E[x x'], of an embedding E[g g'], of both uses their sum. A batch is summed in float32, batches
+    in float64."""
     found: dict[str, Tensor] = {}
-    head = student.get_output_embeddings()
+    head, table = student.get_output_embeddings(), student.get_input_embeddings()
 
     def add(name: str, x: Tensor) -> None:
         rows = x.detach().flatten(0, -2).float()
@@ -152,8 +155,9 @@ def _moments(
     def hook(name: str) -> Any:
         return lambda module, arguments: add(name, arguments[0])
 
+    apart = (head, table)
     watched = [
-        layer.module.register_forward_pre_hook(hook(n)) for n, layer in layers.items() if layer.module is not head
+        layer.module.register_forward_pre_hook(hook(n)) for n, layer in layers.items() if layer.module not in apart
     ]
     heads = [name for name, layer in layers.items() if layer.module is head]
     device = next(iter(layers.values())).parameter.device
@@ -166,4 +170,9 @@ def _moments(
     finally:
         for handle in watched:
             handle.remove()
-    return {name: moment / windows.size for name, moment in found.items()}
+    moments = {name: moment / windows.size for name, moment in found.items()}
+    for name, layer in layers.items():
+        if layer.parameter is table._parameters["weight"]:
+            looked_up = lookup_moment(student, windows)
+            moments[name] = moments[name] + looked_up if name in moments else looked_up
+    return moments

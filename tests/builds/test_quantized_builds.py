@@ -32,14 +32,16 @@ FROM = {"trained": "trained", "rounded": "nearest", "gptq": "gptq", "hqq": "hqq"
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One student that was trained on int4 in blocks of 32, in five bundles; and what the build said."""
     folder = tmp_path_factory.mktemp("quantized")
-    words = {"hidden_size": 64, "intermediate_size": 96}
+    shape = {"hidden_size": 64, "intermediate_size": 96}
     recipe = write_recipe(
-        folder, student={"config": words}, quantize={"scheme": "int4", "from_step": 2, "ramp_steps": 2}
+        folder, student={"config": shape}, quantize={"scheme": "int4", "from_step": 2, "ramp_steps": 2}
     )
     command = ["build", str(recipe), "--out", str(folder / "out")]
     for name, precision in WAYS.items():
-        portable = name in ("trained", "nf4")
-        command += ["--profile", str(write_profile(folder, name, precision=precision, portable=portable))]
+        words: dict[str, Any] = {"precision": precision, "portable": name in ("trained", "nf4")}
+        if name == "trained":
+            words["compare_weights"] = ["int8", "int4", "nf4"]
+        command += ["--profile", str(write_profile(folder, name, **words))]
     assert run(command) == 0
     return folder / "out", str(recipe)
 
@@ -71,6 +73,31 @@ def test_the_bundle_has_the_bytes_that_training_left(built: tuple[Path, str]) ->
         assert any(array.tobytes() in weights for weights in shipped), name  # joined weights lie one after the other
     info = json.loads((stage / "stage.json").read_text())["info"]
     assert 1 < info["quantized_validation_perplexity"] != info["validation_perplexity"] > 1
+
+
+def test_other_ways_stand_beside_what_ships(built: tuple[Path, str]) -> None:
+    bundle = built[0] / "trained"
+    weights = json.loads((bundle / "report" / "report.json").read_text())["weights"]
+    rows = {row["cell"]: row for row in weights["rows"]}
+    int4 = [f"int4, {method}" for method in ("rounded", "HQQ", "GPTQ", "trained")]
+    assert list(rows) == ["float32", "int8, rounded", *int4, "nf4, rounded"]
+    assert weights["ships"] == "int4, trained"
+    assert rows["float32"]["kl_nats"] == 0 < rows["int8, rounded"]["kl_nats"] < rows["int4, rounded"]["kl_nats"]
+    assert rows["int4, trained"]["graph_mib"] < rows["int8, rounded"]["graph_mib"] < rows["float32"]["graph_mib"]
+    assert all(row["perplexity_standard_error"] > 0 for row in rows.values())
+    shipped = (bundle / "model.onnx").stat().st_size / 2**20
+    assert rows["int4, trained"]["graph_mib"] == pytest.approx(shipped, abs=1e-3)  # the very graph that ships
+    assert "int4, trained (ships)" in (bundle / "report" / "report.html").read_text()
+    assert not (built[0] / "gptq" / "report" / "report.json").read_text().count('"weights": {')
+
+
+def test_a_checkpoint_alone_has_no_text_to_compare_on(
+    built: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (stage,) = (built[0] / "work").glob("train-*")
+    profile = write_profile(tmp_path, "table", compare_weights=["int4"])
+    assert run(["export", str(stage / "student"), "--profile", str(profile), "--out", str(tmp_path / "out")]) == 2
+    assert "compare_weights: needs validation text" in capfd.readouterr().err
 
 
 def test_a_budget_is_spent_on_eight_bits(built: tuple[Path, str]) -> None:

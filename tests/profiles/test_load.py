@@ -120,7 +120,9 @@ def test_integers_stand_for_floats_and_pairs_for_tuples(tmp_path: Path) -> None:
         ),
         (
             "format: 1\n" + DEVICE + "zzz: 2\n",
-            ["3: zzz: unknown key; known: format, device, workload, precision, portable, ship_engine, budget"],
+            [
+                "3: zzz: unknown key; known: format, device, workload, precision, portable, compare_weights, ship_engine, budget"
+            ],
         ),
         (
             "format: 1\n" + DEVICE + "workload: {prompt_tokens: true, new_tokens: 1, batch_size: 1e1}\n",

@@ -34,7 +34,7 @@ from edgestill.compress.training_log import LOG
 from edgestill.compress.windows import OrderedWindows
 from edgestill.runtime.files import write_atomically
 
-CODE = {"student": 1, "align": 3, "train": 2}
+CODE = {"student": 1, "align": 3, "train": 2, "gptq": 2}
 """Revision of what each stage computes; raise it when the same inputs would give another result."""
 VALIDATION_TOKENS = 16384
 STATE = "distill_state.safetensors"
@@ -57,6 +57,8 @@ def student_of(at: Setting, calibrations: Sequence[float], caches: list[Path] | 
     }
     if recipe.quantize is not None:
         inputs["quantize"] = recipe.quantize.model_dump(mode="json")
+        if recipe.quantize.initialize == "gptq":
+            inputs["entered"] = CODE["gptq"]
     if at.listens:
         inputs |= {
             "teachers": at.teacher_hashes(),

@@ -20,7 +20,7 @@ from edgestill.compress.packing import Part
 from edgestill.export.onnx_export import ExportedGraph
 from edgestill.runtime.backends.ort import OrtBackend
 
-F32, F64 = npt.NDArray[np.float32], npt.NDArray[np.float64]
+F32 = npt.NDArray[np.float32]
 PROMPT, NEW, RUNS = 128, 64, 15
 """Decode speed: tokens in the cache, tokens timed, counted runs after the one that warms up."""
 
@@ -127,10 +127,10 @@ def table(
                 "cell": name,
                 "perplexity": round(reached.value, 3),
                 "perplexity_standard_error": _rounded(error, 3),
-                "over_float_nats": _rounded(over and over.nats, 5),
-                "standard_error": _rounded(over and over.standard_error, 5),
+                "over_float_nats": None if over is None else round(over.nats, 5),
+                "standard_error": None if over is None else _rounded(over.standard_error, 5),
                 "kl_nats": 0.0 if kl is None else round(kl.nats, 6),
-                "kl_standard_error": _rounded(kl and kl.standard_error, 6),
+                "kl_standard_error": None if kl is None else _rounded(kl.standard_error, 6),
                 "graph_mib": round(one.graph_bytes / 2**20, 3),
                 "bundle_mib": round((one.graph_bytes + one.tokenizer_bytes) / 2**20, 3),
                 "decode_tokens_per_s": speeds[name],

@@ -20,6 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from edgestill.compress.teachers import hidden_states
+
+CHUNK_BYTES = 32 << 20
+"""Of float32 probabilities at a time."""
 SEED = 0
 """Of the tokens that are drawn: the same moment for the same student and text."""
 
@@ -32,6 +36,8 @@ def lookup_moment(student: PreTrainedModel, windows: npt.NDArray[np.int64]) -> T
     table = student.get_input_embeddings()
     if not isinstance(table, nn.Embedding):
         raise TypeError(f"the input embedding is a {type(table).__name__}, not an Embedding")
+    head = student.get_output_embeddings()
+    bias = getattr(head, "bias", None)
     device = next(student.parameters()).device
     generator = torch.Generator(device).manual_seed(SEED)
     moment = torch.zeros(table.embedding_dim, table.embedding_dim, dtype=torch.float64, device=device)
@@ -46,13 +52,23 @@ def lookup_moment(student: PreTrainedModel, windows: npt.NDArray[np.int64]) -> T
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             for window in windows:
                 returned.clear()
-                logits = student(input_ids=torch.from_numpy(window)[None].to(device), use_cache=False).logits[0].float()
-                logp = torch.log_softmax(logits, -1)
-                drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
-                (gradient,) = torch.autograd.grad(logp.gather(-1, drawn).sum(), returned)
+                hidden, _ = hidden_states(student, torch.from_numpy(window)[None].to(device))
+                slope = _slopes(hidden[0].detach().float(), head.weight.detach().float(), bias, generator)
+                (gradient,) = torch.autograd.grad(hidden, returned, slope[None].to(hidden.dtype))
                 rows = gradient[0].double()
                 moment += rows.T @ rows
     finally:
         handle.remove()
     scale = float(getattr(table, "embed_scale", 1.0))  # some embeddings multiply their rows
     return moment * (scale**2 / windows.size)
+
+
+@torch.no_grad()
+def _slopes(hidden: Tensor, head: Tensor, bias: Tensor | None, generator: torch.Generator) -> Tensor:
+    """d log p(y) / d hidden [T, H] for a y drawn at each of the rows: the head's row of y less its mean row, chunk by chunk."""
+    found = []
+    for rows in hidden.split(max(1, CHUNK_BYTES // (4 * len(head)))):
+        p = torch.softmax(torch.nn.functional.linear(rows, head, bias), -1)
+        drawn = torch.multinomial(p, 1, generator=generator).squeeze(1)
+        found.append(head[drawn] - p @ head)
+    return torch.cat(found)

@@ -67,7 +67,7 @@ def lookup_moment(student: PreTrainedModel, windows: npt.NDArray[np.int64]) -> T
 def _slopes(hidden: Tensor, head: Tensor, bias: Tensor | None, generator: torch.Generator) -> Tensor:
     """d log p(y) / d hidden [T, H] for a y drawn at each of the rows: the head's row of y less its mean row, chunk by chunk."""
     found = []
-    for rows in hidden.split(max(1, CHUNK_BYTES // (4 * len(head)))):
+    for rows in torch.split(hidden, max(1, CHUNK_BYTES // (4 * len(head)))):
         p = torch.softmax(torch.nn.functional.linear(rows, head, bias), -1)
         drawn = torch.multinomial(p, 1, generator=generator).squeeze(1)
         found.append(head[drawn] - p @ head)

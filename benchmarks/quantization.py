@@ -25,7 +25,7 @@ from turns import software, write_json
 
 from edgestill.compress.corpus import Corpus, open_corpus
 from edgestill.compress.packing import Part, spread
-from edgestill.export.alternatives import Alternative, write_alternative
+from edgestill.export.alternatives import Alternative, unchanged, write_alternative
 from edgestill.export.model_facts import facts_of_checkpoint
 from edgestill.export.onnx_export import ExportedGraph, Exports, describe_graph, export_fused, export_onnx
 from edgestill.export.quantize import graph_bytes
@@ -102,7 +102,7 @@ class Study:
 def alternative(cell: str) -> Alternative:
     """`int4 gptq` in words of the export."""
     if cell == "float":
-        return Alternative(PrecisionSpec(weights="float32"), "float")
+        return unchanged()
     words: dict[str, Any] = dict(zip(("weights", "method"), cell.split(), strict=True))
     method = words["method"]
     if method == "trained":

@@ -17,7 +17,7 @@ from edgestill.compress.packing import Part
 from edgestill.compress.stages import Stage, Workspace
 from edgestill.export.alternatives import FLOAT, WORDS, Alternative, alternatives, write_alternative
 from edgestill.export.onnx_export import ExportedGraph, Exports
-from edgestill.export.origin import Origin
+from edgestill.export.origin import Origin, calibration_hash
 from edgestill.export.quantize import graph_bytes
 from edgestill.export.weights_table import Judged, decode_speeds, judge_windows, open_graph, table
 from edgestill.profiles.load import LoadedProfile
@@ -64,7 +64,7 @@ def compare_weights(
         "precision": profile.precision.model_dump(mode="json"),
         "threads": profile.device.threads,
         "windows": hashlib.sha256(np.ascontiguousarray(part.token_ids).tobytes()).hexdigest(),
-        "calibration": hashlib.sha256(origin.calibration.tobytes()).hexdigest(),
+        "calibration": calibration_hash(origin),
         "code": CODE,
     }
     title = f"weights: {', '.join(profile.compare_weights)} in every way, on validation text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ class Origin:
     """int64 [W, T] windows of training text, for methods that look at activations; None: there is no text but held-out text."""
     validation: Part | None = None
     """Windows to choose by, None where there are none."""
+
+
+def calibration_hash(origin: Origin) -> str | None:
+    """sha256 of the windows that quantization looks at."""
+    return None if origin.calibration is None else hashlib.sha256(origin.calibration.tobytes()).hexdigest()
 
 
 def compared_windows(origin: Origin, facts: ModelFacts) -> npt.NDArray[np.int64]:

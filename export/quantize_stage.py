@@ -12,7 +12,6 @@ With `precision.graph_mib`, weights that were not trained may get 8 bits, the mo
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from edgestill.export.graph_io import copy_graph
 from edgestill.export.input_moments import F64, Feeds, looked_up_moment, window_feeds
 from edgestill.export.mixed_precision import in_eight_bits, sensitivities
 from edgestill.export.onnx_export import ExportedGraph, Exports
-from edgestill.export.origin import Origin, compared_windows, held_out_index
+from edgestill.export.origin import Origin, calibration_hash, compared_windows, held_out_index
 from edgestill.export.parity import (
     ParityRow,
     check_narrow_parity,
@@ -87,7 +86,7 @@ def quantize_stage(origin: Origin, target: LoadedProfile, onnx: Stage, exports: 
         "portable": target.profile.portable,
         "cache": capacity_for(target.profile, exports.fused.facts) if engine else None,
         "reference": str(origin.reference and origin.reference.name),
-        "calibration": _calibration_hash(origin) if precision.needs_text else None,
+        "calibration": calibration_hash(origin) if precision.needs_text else None,
         "code": CODE,
     }
     title = f"quantize: {precision.weights}" if precision.weights != "float32" else "quantize: float32 stays as it is"
@@ -233,7 +232,3 @@ def _store_parity(
         _, found = parity_rows(folder / "model.onnx", facts, shipped, windows, PARITY_ROWS, seed=0)
         limit = min(limit, PARITY_MARGIN * float(np.abs(found - logits).max()))
     return limit
-
-
-def _calibration_hash(origin: Origin) -> str | None:
-    return None if origin.calibration is None else hashlib.sha256(origin.calibration.tobytes()).hexdigest()

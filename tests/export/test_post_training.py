@@ -20,10 +20,17 @@ from transformers.pytorch_utils import Conv1D
 
 from edgestill.export.blockwise import BlockWeight, dequantize, quantize_int4
 from edgestill.export.graph_io import load_graph
-from edgestill.export.input_moments import F64, input_moments, linear_layers, moment_groups, window_feeds
+from edgestill.export.input_moments import (
+    F64,
+    input_moments,
+    linear_layers,
+    looked_up_moment,
+    moment_groups,
+    window_feeds,
+)
 from edgestill.export.linear_layers import Table, find_weights
 from edgestill.export.nodes import add_constant, constant_array
-from edgestill.export.post_training import gptq, hqq, matrix_names, quantize_weights
+from edgestill.export.post_training import by_values, gptq, hqq, matrix_names, quantize_weights
 from edgestill.export.quantized_ops import product_node
 from edgestill.profiles.schema import PrecisionSpec
 from edgestill.runtime.errors import BadInput
@@ -298,6 +305,29 @@ def test_every_linear_weight_of_a_graph_gets_its_blocks(family: str, method: Any
             assert _output_error(weight, shipped, moment) < _output_error(weight, nearest, moment)
         else:
             assert _lp(weight, shipped) < _lp(weight, nearest)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gptq_minds_what_an_embedding_is_looked_up_for(family: str, exported: Export) -> None:
+    """With the moment of lookups a tied matrix costs less as a table, and one of its own is there and better than rounded."""
+    checkpoint, export = exported(family)
+    felt = looked_up_moment(checkpoint, TOKENS)
+    feeds = list(window_feeds(export.graph, TOKENS))
+    blind = quantize_weights(export.path, PrecisionSpec(), "gptq", feeds)
+    minding = quantize_weights(export.path, PrecisionSpec(), "gptq", feeds, looked_up=felt)
+    tables = {
+        str(w.weight.name): np.ascontiguousarray(constant_array(w.weight).T)
+        for w in find_weights(load_graph(export.path).graph)
+        if isinstance(w, Table)
+    }
+    assert tables and set(minding) == set(blind) | set(tables)
+    given = by_values(export.path, minding)
+    for name, matrix in tables.items():
+        before = dequantize(blind[name]) if name in blind else rtn4(matrix, 32, True)
+        assert _output_error(matrix, dequantize(minding[name]), felt) < _output_error(matrix, before, felt)
+        assert given(name, matrix) is minding[name]
+    for name in blind.keys() - tables.keys():
+        assert np.array_equal(blind[name].packed, minding[name].packed)
 
 
 def test_groups_change_no_byte(exported: Export) -> None:

@@ -31,7 +31,8 @@ def engine(
     """
     require_bundle(bundle)
     from edgestill.runtime.bundle import open_bundle
-    from edgestill.runtime.engines.opening import ensure_engine, is_engine, target_ahead
+    from edgestill.runtime.engines.flavour import is_engine
+    from edgestill.runtime.engines.opening import ensure_engine, target_ahead
 
     opened = open_bundle(bundle)
     if not is_engine(opened.manifest.engine):

@@ -7,7 +7,6 @@ not there is null in a report, never guessed.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import platform
 import re
@@ -25,6 +24,16 @@ from edgestill.runtime.cuda_facts import open_cuda
 from edgestill.runtime.engines.capabilities import PRECISIONS
 from edgestill.runtime.gpu import open_gpu, watched_gpu
 from edgestill.runtime.jetson import board, board_bandwidth
+from edgestill.runtime.processor import (
+    CGROUP,
+    CPUS,
+    PROC,
+    allowed_cpus,
+    architecture,
+    cpu_model,
+    read_kernel,
+    usable_cores,
+)
 
 ENGINE = "onnxruntime-cpu"
 """The engine that runs bundles on this machine."""
@@ -40,10 +49,6 @@ PACKAGES = (
     "tensorrt_rtx",
     "cuda-bindings",
 )
-ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
-CPUS = Path("/sys/devices/system/cpu")
-PROC = Path("/proc")
-CGROUP = Path("/sys/fs/cgroup")
 MIB = 1 << 20
 
 SWEEP_FACTOR, SWEEP_MIN, SWEEP_MAX = 4, 256 * MIB, 2048 * MIB
@@ -92,43 +97,16 @@ def conditions() -> dict[str, Any]:
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load_1min": None if load is None else round(load, 2),
         "cpu_mhz": cpu_mhz(),
-        "governor": _read(CPUS / "cpu0/cpufreq/scaling_governor"),
+        "governor": read_kernel(CPUS / "cpu0/cpufreq/scaling_governor"),
         "temperature_c": temperature_c(),
         "gpu": None if (gpu := watched_gpu(open_gpu())) is None else gpu.conditions(),
     }
 
 
-def architecture() -> str:
-    """`x86_64` or `aarch64`, as profiles spell them; another machine's own word otherwise."""
-    machine = platform.machine()
-    return ARCHITECTURES.get(machine.lower(), machine)
-
-
-def cpu_model(proc: Path = PROC) -> str:
-    """The processor's name; on boards whose /proc/cpuinfo has none, the board's."""
-    fields = dict.fromkeys(("model name", "Model", "Hardware"), "")
-    for line in (_read(proc / "cpuinfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in fields:
-            fields[key.strip()] = value.strip()
-    return next((name for name in fields.values() if name), platform.processor() or "unknown")
-
-
-def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
-    """Physical cores this process may run on: its affinity, hyper-threads counted once, and the container's quota."""
-    allowed = _allowed_cpus()
-    cores = {
-        (_read(cpus / f"cpu{i}/topology/physical_package_id"), _read(cpus / f"cpu{i}/topology/core_id") or f"cpu{i}")
-        for i in allowed
-    }
-    quota = _cpu_quota(cgroup)
-    return max(1, min(len(cores), math.ceil(quota) if quota is not None else len(cores)))
-
-
 def memory_mib(proc: Path = PROC) -> int | None:
     """Memory a process may use: the machine's, or the container's limit where that is smaller."""
     total = None
-    for line in (_read(proc / "meminfo") or "").splitlines():
+    for line in (read_kernel(proc / "meminfo") or "").splitlines():
         if line.startswith("MemTotal:"):
             total = int(line.split()[1]) // 1024
     if total is None:
@@ -142,7 +120,7 @@ def memory_mib(proc: Path = PROC) -> int | None:
 def container_memory_mib(cgroup: Path = CGROUP) -> int | None:
     """The memory limit of the control group (v2, then v1), None without one."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        text = _read(cgroup / name)
+        text = read_kernel(cgroup / name)
         if text is not None and text.isdigit() and int(text) < 1 << 60:  # v1 writes a huge number for "none"
             return int(text) // MIB
     return None
@@ -151,10 +129,10 @@ def container_memory_mib(cgroup: Path = CGROUP) -> int | None:
 def last_level_cache_mib(cpus: Path = CPUS) -> float | None:
     """Size of the outermost cache over the processors this process may use, each shared instance counted once."""
     instances: dict[tuple[int, str], float] = {}
-    for cpu in _allowed_cpus():
+    for cpu in allowed_cpus():
         for index in sorted((cpus / f"cpu{cpu}/cache").glob("index*")):
-            level, size, shared = (_read(index / name) for name in ("level", "size", "shared_cpu_list"))
-            if level is None or size is None or _read(index / "type") == "Instruction":
+            level, size, shared = (read_kernel(index / name) for name in ("level", "size", "shared_cpu_list"))
+            if level is None or size is None or read_kernel(index / "type") == "Instruction":
                 continue
             instances[int(level), shared or str(cpu)] = _kib(size) / 1024
     if not instances:
@@ -186,10 +164,10 @@ def memory_bandwidth_gb_per_s() -> float:
 
 def cpu_mhz(proc: Path = PROC, cpus: Path = CPUS) -> float | None:
     """Present clock of the first processor."""
-    khz = _read(cpus / "cpu0/cpufreq/scaling_cur_freq")
+    khz = read_kernel(cpus / "cpu0/cpufreq/scaling_cur_freq")
     if khz is not None and khz.isdigit():
         return int(khz) / 1000
-    for line in (_read(proc / "cpuinfo") or "").splitlines():
+    for line in (read_kernel(proc / "cpuinfo") or "").splitlines():
         if line.startswith("cpu MHz"):
             return float(line.partition(":")[2])
     return None
@@ -197,7 +175,7 @@ def cpu_mhz(proc: Path = PROC, cpus: Path = CPUS) -> float | None:
 
 def temperature_c(thermal: Path = Path("/sys/class/thermal")) -> float | None:
     """The hottest thermal zone, degrees Celsius."""
-    readings = [_read(zone / "temp") for zone in thermal.glob("thermal_zone*")]
+    readings = [read_kernel(zone / "temp") for zone in thermal.glob("thermal_zone*")]
     values = [int(text) / 1000 for text in readings if text is not None and text.lstrip("-").isdigit()]
     return max(values, default=None)
 
@@ -256,34 +234,11 @@ def _by_nvidia_smi() -> dict[str, Any] | None:
     return {"name": name.strip(), "compute_capability": capability.strip()}
 
 
-def _allowed_cpus() -> list[int]:
-    """Processor numbers this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _cpu_quota(cgroup: Path) -> float | None:
-    """Processors' worth of time the control group allows, None without a limit."""
-    quota, _, period = (_read(cgroup / "cpu.max") or "max").partition(" ")
-    if not quota.isdigit():
-        quota, period = _read(cgroup / "cpu/cpu.cfs_quota_us") or "", _read(cgroup / "cpu/cpu.cfs_period_us") or ""
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) > 0 else None
-
-
 def _kib(text: str) -> float:
     """`32768K` or `32M` in KiB."""
     return (
         float(text[:-1]) * {"K": 1, "M": 1024, "G": 1024 * 1024}[text[-1]] if text[-1].isalpha() else float(text) / 1024
     )
-
-
-def _read(path: Path) -> str | None:
-    """The stripped text of a small kernel file, None where it is absent or refused."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
-    except OSError:
-        return None
 
 
 def _version(name: str) -> str | None:

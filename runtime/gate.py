@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from edgestill.runtime.bundle import open_bundle, write_local
 from edgestill.runtime.child import MeasurementFailed
-from edgestill.runtime.device import ENGINE, architecture, conditions, environment
+from edgestill.runtime.device import ENGINE, conditions, environment
 from edgestill.runtime.engines.cuda import Cuda
-from edgestill.runtime.engines.flavour import open_library
-from edgestill.runtime.engines.opening import ensure_engine, is_engine, on_gpu
+from edgestill.runtime.engines.flavour import is_engine, on_gpu, open_library
+from edgestill.runtime.engines.opening import ensure_engine
 from edgestill.runtime.errors import BadInput, BundleError, EdgestillError, MissingPart, OutputRefused
 from edgestill.runtime.gpu_watch import with_gpu
 from edgestill.runtime.manifest import Manifest
@@ -31,6 +31,7 @@ from edgestill.runtime.measure import (
     workload_of,
 )
 from edgestill.runtime.metrics import METRICS, Direction, metric
+from edgestill.runtime.processor import architecture
 from edgestill.runtime.progress import Progress
 from edgestill.runtime.settings import tuned_threads
 from edgestill.runtime.statistics import Estimate

@@ -8,15 +8,27 @@ A graph with a fused attention operator writes in place, and one buffer is both.
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import numpy.typing as npt
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector load of x86-64."""
+MAPPED_FROM = 1 << 20
+"""Bytes from which memory is mapped for itself. Opening a session frees large blocks, after which malloc serves buffers of
+megabytes from its heap: zeroed by hand, so resident at once, and kept when the state is gone."""
+PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+"""Python maps shared memory unless told otherwise; Windows knows no other."""
 
 
 def aligned_zeros(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Zeros, uint8 [n_bytes], whose first byte lies on a multiple of ALIGNMENT. Pages are taken when first written."""
+    """Zeros, uint8 [n_bytes], whose first byte lies on a multiple of ALIGNMENT.
+
+    From MAPPED_FROM bytes on, pages are taken when first written and given back with the last view.
+    """
+    if n_bytes >= MAPPED_FROM:
+        return np.frombuffer(mmap.mmap(-1, n_bytes, **PRIVATE), np.uint8)
     raw = np.zeros(n_bytes + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + n_bytes]

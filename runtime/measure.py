@@ -21,7 +21,7 @@ from edgestill.runtime.device import (
     last_level_cache_mib,
     memory_bandwidth_gb_per_s,
 )
-from edgestill.runtime.engines.opening import on_gpu
+from edgestill.runtime.engines.flavour import on_gpu
 from edgestill.runtime.gpu_watch import with_gpu
 from edgestill.runtime.manifest import Manifest
 from edgestill.runtime.metrics import METRICS

@@ -23,7 +23,7 @@ from edgestill.runtime import score as scoring
 from edgestill.runtime.backends import F32, I64, Backend
 from edgestill.runtime.bundle import Bundle, open_bundle
 from edgestill.runtime.chat import TEMPLATE, render_chat
-from edgestill.runtime.engines.opening import is_engine, open_engine
+from edgestill.runtime.engines.flavour import is_engine
 from edgestill.runtime.errors import BadInput, BundleError, MissingPart, PromptTooLong
 from edgestill.runtime.generate import Ending, Generation, Piece, generate_pieces
 from edgestill.runtime.manifest import Manifest, ModelFacts
@@ -60,6 +60,10 @@ def open_backend(bundle: Bundle, threads: int | None = None) -> Backend:
     """The engine that the bundle's profile names, with the bundle's graph in it."""
     engine, wanted = bundle.manifest.engine, bundle.manifest.profile.get("device", {}).get("threads")
     if is_engine(engine):
+        from edgestill.runtime.engines.opening import (
+            open_engine,
+        )  # a process without a GPU is spared what builds engines
+
         return open_engine(bundle)
     if engine not in ("onnxruntime-cpu", "onnxruntime-cuda"):
         raise MissingPart(

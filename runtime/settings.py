@@ -18,8 +18,8 @@ from typing import Any
 
 from edgestill.runtime.backends import PREFILL_CHUNK
 from edgestill.runtime.bundle import Bundle, open_bundle, read_local, write_local
-from edgestill.runtime.device import cpu_model, usable_cores
 from edgestill.runtime.manifest import MANIFEST
+from edgestill.runtime.processor import cpu_model, usable_cores
 
 FILE = "tuned.json"
 SPINNING = "session.intra_op.allow_spinning"

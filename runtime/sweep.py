@@ -22,7 +22,7 @@ from edgestill.runtime.backends import Backend, prefill_last
 from edgestill.runtime.bundle import read_manifest
 from edgestill.runtime.child import Emit, run_child
 from edgestill.runtime.device import conditions, environment
-from edgestill.runtime.engines.opening import is_engine, on_gpu
+from edgestill.runtime.engines.flavour import is_engine, on_gpu
 from edgestill.runtime.engines.plan import plan_of
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.gpu import open_gpu, watched_gpu

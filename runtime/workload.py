@@ -23,7 +23,7 @@ from edgestill.runtime.backends import Backend, prefill_last
 from edgestill.runtime.bundle import read_manifest
 from edgestill.runtime.child import Emit
 from edgestill.runtime.energy import Counter, open_counter
-from edgestill.runtime.engines.opening import on_gpu
+from edgestill.runtime.engines.flavour import on_gpu
 from edgestill.runtime.errors import BadInput
 from edgestill.runtime.gpu import open_gpu, open_gpu_energy, watched_gpu, watched_memory
 from edgestill.runtime.gpu_watch import GpuWatch

@@ -21,7 +21,8 @@ def imports() -> None:
 
 def convert(checkpoint: Path, folder: Path, variant: str) -> None:
     """An int4 bundle in blocks of `variant`, without a budget: it is measured here, not judged."""
-    from edgestill.runtime.device import architecture, memory_bandwidth_gb_per_s, memory_mib, usable_cores
+    from edgestill.runtime.device import memory_bandwidth_gb_per_s, memory_mib
+    from edgestill.runtime.processor import architecture, usable_cores
 
     lines = (
         "format: 1",

@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 
@@ -110,6 +109,8 @@ def installed(peer: Peer) -> dict[str, str | None]:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata  # megabytes that would count as every peer's
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -7,7 +7,6 @@ graph has are bound.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from edgestill.runtime.backends.fixed_cache import STEP_INPUTS, FixedState
 from edgestill.runtime.backends.ort_fixed import OrtFixedState, Pool
 from edgestill.runtime.backends.ort_session import Place, open_session
 from edgestill.runtime.backends.ort_states import KEEP, GrowingState, OrtState, SharedState, Wiring
-from edgestill.runtime.backends.pages import release_after_opening
+from edgestill.runtime.backends.pages import MappedWeights, trim_heap
 from edgestill.runtime.errors import BadInput, BundleError
 from edgestill.runtime.manifest import Graph, ModelFacts, TensorSpec
+from edgestill.runtime.processor import allowed_cpus
 
 ORT_TYPES = {
     "tensor(float)": "float32",
@@ -32,6 +32,8 @@ ORT_TYPES = {
 AnyState = OrtState | OrtFixedState
 MEMORY = {"cpu": "cpu", "cuda": "cuda"}
 """Place of the session -> where what it reads and writes lies."""
+PROMPT_TOKENS = 32
+"""Tokens of a step from which it is taken for a prompt's, which looks up rows all over the embedding; guesses are fewer."""
 EXACT_DEQUANTIZED = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Products of dequantized weights in float32: onnxruntime would fuse them and round activations to int8, as no engine does."""
 
@@ -63,13 +65,15 @@ class OrtBackend:
         self.facts = facts
         self.graph = graph
         self.prefill_chunk = prefill_chunk
-        threads = threads or available_cpus()
+        threads = threads or len(allowed_cpus())
         self.session: dict[str, Any] = {"threads": threads, "prefill_chunk": prefill_chunk, **(session_options or {})}
         exact = EXACT_DEQUANTIZED if graph.cache == "fixed" else {}
         entries = exact | dict(session_options or {})
         opened = open_session(graph_path, threads, entries, device)
         self._wiring = _wiring(graph_path, opened.session, facts, graph)
-        release_after_opening(graph_path.with_name(f"{graph_path.name}.data"))
+        self._weights = MappedWeights(graph_path.with_name(f"{graph_path.name}.data"))
+        self._weights.release()
+        trim_heap()
         if graph.cache != "fixed":
             return
         self._pool = Pool(self._wiring, graph, MEMORY[device], opened.captures)
@@ -92,7 +96,10 @@ class OrtBackend:
 
     def step(self, state: AnyState, token_ids: I64, keep: int | None = None) -> F32:
         """See `Backend.step`."""
-        return state.advance(token_ids, state.check_step(token_ids, keep))
+        logits = state.advance(token_ids, state.check_step(token_ids, keep))
+        if token_ids.shape[1] >= PROMPT_TOKENS and self._weights.worth_it:
+            self._weights.release()
+        return logits
 
     def rewind(self, state: AnyState, length: int) -> None:
         """See `Backend.rewind`."""
@@ -104,13 +111,6 @@ class OrtBackend:
     def rewinds(self) -> bool:
         """See `Backend.rewinds`."""
         return self.graph.cache != "growing"
-
-
-def available_cpus() -> int:
-    """Processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _wiring(graph_path: Path, session: Any, facts: ModelFacts, graph: Graph) -> Wiring:

@@ -39,6 +39,16 @@ FLAVOURS = {
 }
 
 
+def is_engine(engine: Any) -> bool:
+    """Whether a profile's `device.engine` is a TensorRT flavour."""
+    return engine in FLAVOURS
+
+
+def on_gpu(engine: Any) -> bool:
+    """Whether a profile's `device.engine` runs on an NVIDIA GPU."""
+    return is_engine(engine) or engine == "onnxruntime-cuda"
+
+
 class Library:
     """An imported TensorRT."""
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgestill.runtime.bundle import Bundle, open_bundle
 from edgestill.runtime.child import MeasurementFailed, run_child
 from edgestill.runtime.engines.cuda import Card, Cuda
-from edgestill.runtime.engines.flavour import FLAVOURS, Library, open_library
+from edgestill.runtime.engines.flavour import FLAVOURS, Library, is_engine, open_library
 from edgestill.runtime.engines.plan import plan_of
 from edgestill.runtime.engines.store import CompiledKernels, StoredEngine, Target, find_engine, others, wanted
 from edgestill.runtime.errors import BadInput, MissingPart
@@ -19,16 +19,6 @@ if TYPE_CHECKING:
     from edgestill.runtime.backends.tensorrt import TensorRTBackend
 
 logger = logging.getLogger(__name__)
-
-
-def is_engine(engine: Any) -> bool:
-    """Whether a profile's `device.engine` is a TensorRT flavour."""
-    return engine in FLAVOURS
-
-
-def on_gpu(engine: Any) -> bool:
-    """Whether a profile's `device.engine` runs on an NVIDIA GPU."""
-    return is_engine(engine) or engine == "onnxruntime-cuda"
 
 
 def target_here(card: Card) -> Target:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgestill.runtime import device
+from edgestill.runtime import device, processor
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -21,7 +21,8 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_allowed_cpus", lambda: [0, 1, 2, 3])
+    for module in (device, processor):
+        monkeypatch.setattr(module, "allowed_cpus", lambda: [0, 1, 2, 3])
 
 
 def test_this_machine_in_the_words_of_a_profile() -> None:
@@ -42,8 +43,8 @@ def test_environment_is_json_and_names_the_packages() -> None:
     [("x86_64", "x86_64"), ("AMD64", "x86_64"), ("arm64", "aarch64"), ("aarch64", "aarch64"), ("riscv64", "riscv64")],
 )
 def test_architecture_words(monkeypatch: pytest.MonkeyPatch, machine: str, arch: str) -> None:
-    monkeypatch.setattr(device.platform, "machine", lambda: machine)
-    assert device.architecture() == arch
+    monkeypatch.setattr(processor.platform, "machine", lambda: machine)
+    assert processor.architecture() == arch
 
 
 @pytest.mark.usefixtures("four_cpus")
@@ -51,14 +52,14 @@ def test_hyper_threads_count_once_and_the_quota_binds(tmp_path: Path) -> None:
     files = {f"cpu{i}/topology/physical_package_id": "0" for i in range(4)}
     files |= {f"cpu{i}/topology/core_id": str(i // 2) for i in range(4)}
     cpus = plant(tmp_path / "cpu", files)
-    assert device.usable_cores(cpus, tmp_path / "none") == 2
-    assert device.usable_cores(tmp_path / "no-topology", tmp_path / "none") == 4
-    assert device.usable_cores(cpus, plant(tmp_path / "v2", {"cpu.max": "100000 100000"})) == 1
-    assert device.usable_cores(cpus, plant(tmp_path / "v2max", {"cpu.max": "max 100000"})) == 2
+    assert processor.usable_cores(cpus, tmp_path / "none") == 2
+    assert processor.usable_cores(tmp_path / "no-topology", tmp_path / "none") == 4
+    assert processor.usable_cores(cpus, plant(tmp_path / "v2", {"cpu.max": "100000 100000"})) == 1
+    assert processor.usable_cores(cpus, plant(tmp_path / "v2max", {"cpu.max": "max 100000"})) == 2
     v1 = plant(tmp_path / "v1", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"})
-    assert device.usable_cores(cpus, v1) == 1
+    assert processor.usable_cores(cpus, v1) == 1
     free = plant(tmp_path / "v1free", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"})
-    assert device.usable_cores(cpus, free) == 2
+    assert processor.usable_cores(cpus, free) == 2
 
 
 @pytest.mark.usefixtures("four_cpus")
@@ -94,7 +95,7 @@ def test_board_name_clock_and_temperature(tmp_path: Path) -> None:
     board = plant(
         tmp_path / "pi", {"cpuinfo": "processor\t: 0\nBogoMIPS\t: 108.00\n\nModel\t: Raspberry Pi 5 Model B Rev 1.0\n"}
     )
-    assert device.cpu_model(board) == "Raspberry Pi 5 Model B Rev 1.0"
+    assert processor.cpu_model(board) == "Raspberry Pi 5 Model B Rev 1.0"
     cpus = plant(tmp_path / "cpu", {"cpu0/cpufreq/scaling_cur_freq": "2400000\n"})
     assert device.cpu_mhz(board, cpus) == 2400.0 and device.cpu_mhz(board, tmp_path / "none") is None
     zones = plant(tmp_path / "thermal", {"thermal_zone0/temp": "48312", "thermal_zone1/temp": "51000"})

@@ -47,6 +47,17 @@ def test_the_model_module_loads_no_engine_before_a_bundle_is_opened() -> None:
     assert modules_after("from edgestill.runtime import load") & (HEAVY - {"numpy"}) == set()
 
 
+def test_opening_a_bundle_for_a_cpu_reads_nothing_of_engines_or_measuring(tmp_path: Path) -> None:
+    """What these import would be a tenth of the memory of a small model."""
+    code = f"from edgestill.runtime import load; load({str(make_bundle(tmp_path / 'b'))!r})"
+    script = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "edgestill.runtime.backends.ort" in loaded
+    apart = ("engines.opening", "engines.store", "device", "child", "gpu")
+    assert not loaded & {f"edgestill.runtime.{name}" for name in apart}
+
+
 def test_generating_and_scoring_load_no_training_stack(tmp_path: Path) -> None:
     folder = make_bundle(tmp_path / "b", template="{{ messages[0].content }}")
     loaded = modules_after(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tracemalloc
 from dataclasses import replace
@@ -19,6 +20,7 @@ from edgestill.runtime.backends import LOGITS_BYTES, chunk_tokens, prefill
 from edgestill.runtime.backends.ort import OrtBackend
 from edgestill.runtime.bundle import open_bundle
 from edgestill.runtime.errors import BadInput, BundleError, PromptTooLong
+from edgestill.runtime.kv_cache import aligned_zeros
 from edgestill.runtime.manifest import TensorSpec
 
 FAMILIES = ("llama", "gpt2", "gpt_neox")
@@ -175,6 +177,22 @@ def test_a_step_allocates_nothing_in_proportion_to_the_cache(backends: dict[str,
         tracemalloc.stop()
     assert peak < 64 << 10
     assert buffers == {*state.cache.past, *state.cache.present}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+def test_a_large_cache_takes_memory_as_it_fills_and_gives_it_back() -> None:
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    before, size = resident(), 256 << 20
+    cache = aligned_zeros(size)
+    assert (len(cache), cache.ctypes.data % 64) == (size, 0) and not cache[:: 1 << 24].any()
+    assert resident() - before < size // 8
+    cache[: size // 2] = 1
+    assert resident() - before > size // 4
+    del cache
+    assert resident() - before < size // 8
 
 
 def test_prefill_bounds_the_logits_and_loses_no_position(backends: dict[str, OrtBackend]) -> None:

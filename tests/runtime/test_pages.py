@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgestill.runtime.backends.pages import SMAPS, release_after_opening, unwritten_mappings
+from edgestill.runtime.backends.pages import SMAPS, MappedWeights, trim_heap, unwritten_mappings
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/self/smaps is Linux")
 SIZE = 4 << 20
@@ -37,11 +37,36 @@ def test_pages_that_were_only_read_are_given_back(written: bool, tmp_path: Path)
         before = resident(file)
         assert before > SIZE // 4  # a write to a huge page leaves its neighbours to be read again
         assert len(unwritten_mappings(file)) == (not written)
-        release_after_opening(file)
+        MappedWeights(file).release()
         assert resident(file) == (before if written else 0)
         assert (mapped[5], mapped[300]) == (77 if written else 5, 300 - 256)  # nothing is lost
 
 
+def test_a_range_that_is_anothers_by_now_is_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx.data"
+    file.write_bytes(b"\1" * SIZE)
+    with file.open("rb") as handle:
+        mapped = mmap.mmap(handle.fileno(), SIZE, access=mmap.ACCESS_COPY)
+        assert sum(mapped[::4096]) == SIZE // 4096
+        weights = MappedWeights(file)
+        (range_,) = unwritten_mappings(file)
+        mapped.close()
+    # the kernel hands out the highest free range that fits: the one that was just left
+    others = [mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(4)]
+    for other in others:
+        other[::4096] = b"\2" * (SIZE // 4096)
+    taken = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [tuple(int(part, 16) for part in span.split("-")) for span in taken]
+    assert any(start < range_[1] and range_[0] < end for start, end in spans), (
+        "nothing took the range; nothing is tested"
+    )
+    weights.release()
+    assert all(sum(other[::4096]) == 2 * (SIZE // 4096) for other in others)
+
+
 def test_no_file_is_no_trouble(tmp_path: Path) -> None:
-    release_after_opening(tmp_path / "absent")
+    weights = MappedWeights(tmp_path / "absent")
+    weights.release()
+    trim_heap()
+    assert not weights.worth_it
     assert unwritten_mappings(tmp_path / "absent") == []

@@ -15,9 +15,8 @@ from engines import make_engine_bundle
 from edgestill.runtime import load
 from edgestill.runtime.bundle import open_bundle
 from edgestill.runtime.cli import run
-from edgestill.runtime.engines import opening
 from edgestill.runtime.engines.cuda import Cuda, CudaError
-from edgestill.runtime.engines.flavour import open_library
+from edgestill.runtime.engines.flavour import on_gpu, open_library
 from edgestill.runtime.engines.opening import ensure_engine, target_ahead
 from edgestill.runtime.errors import BadInput, MissingPart
 
@@ -157,7 +156,7 @@ def test_the_reason_of_a_build_that_fails_in_its_process_comes_back(
 
 
 def test_on_gpu_engines_are_known_by_name() -> None:
-    assert [opening.on_gpu(name) for name in ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")] == [
+    assert [on_gpu(name) for name in ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")] == [
         True,
         True,
         True,

@@ -23,6 +23,8 @@ from edgestill.runtime.manifest import ModelFacts, TensorSpec
 ONNX_TYPES = {"float32": 1, "int32": 6, "int64": 7, "float16": 10}
 """numpy name -> TensorProto.DataType. Binding by this number is faster than by numpy type, and there are 4 per layer."""
 KEEP = "logits_to_keep"
+SHORT = 16
+"""Tokens a row of a step that may come again: a token, or one and guesses."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,17 @@ class Wiring:
 
 
 class Binding:
-    """An io_binding with its small buffers, for `rows` rows; what has not changed since the last step is not bound again."""
+    """Io_bindings with their small buffers, for `rows` rows; what has not changed since the last step is not bound again.
+
+    Short steps keep an io_binding for each of their shapes: one token and a few guesses take turns, and binding everything anew
+    would cost a small model a tenth of such a step.
+    """
 
     def __init__(self, wiring: Wiring, rows: int, max_tokens: int) -> None:
         self._wiring, self._rows = wiring, rows
-        self._binding = wiring.session.io_binding()
+        self._binding: Any = None
+        self._kept: dict[tuple[int, int], Any] = {}
+        self._cache: tuple[list[int], tuple[int, ...], list[int], tuple[int, ...]] | None = None
         self.mask = self._ones("attention_mask", rows * max_tokens)
         """Flat ones, rewritten where rows differ; None when the graph takes no mask."""
         self.ids = np.empty(0, np.int64)
@@ -61,34 +69,26 @@ class Binding:
 
     def shape_for(self, new: int, keep: int) -> None:
         """Make ready for steps of `new` tokens a row that give `keep` rows of logits each."""
-        if (new, keep) == self._last:
+        shape = (new, keep)
+        if shape == self._last:
             return
-        rows, wiring = self._rows, self._wiring
-        vocab = wiring.facts.vocab_size
-        if rows * new > self.ids.size:
-            self.ids = np.empty(rows * new, np.int64)
-            self.positions = self._ones("position_ids", rows * new)
-        if rows * keep * vocab > self._logits.size:
-            n_bytes = rows * keep * vocab * wiring.logits_dtype.itemsize
-            self._logits = aligned_zeros(n_bytes).view(wiring.logits_dtype)
-            self._logits32 = None if wiring.logits_dtype == np.float32 else np.empty(rows * keep * vocab, np.float32)
-        self._input("input_ids", self.ids, (rows, new))
-        if self.positions is not None:
-            self._input("position_ids", self.positions, (rows, new))
-        if wiring.keeps_some:
-            self._keep[0] = keep
-            self._input(KEEP, self._keep, (1,))
-        element = ONNX_TYPES[wiring.logits_dtype.name]
-        self._binding.bind_output("logits", "cpu", 0, element, (rows, keep, vocab), self._logits.ctypes.data)
-        self._last = (new, keep)
+        self._make_room(new, keep)
+        self._keep[0] = keep
+        self._binding = self._kept.get(shape)
+        if self._binding is None:
+            self._binding = self._bound(new, keep)
+            if new <= SHORT:
+                self._kept[shape] = self._binding
+        self._last = shape
 
     def bind_cache(self, past: list[int], before: tuple[int, ...], present: list[int], after: tuple[int, ...]) -> None:
-        """Read the cache tensors at addresses `past` in shape `before`, write them at `present` in shape `after`."""
-        element = ONNX_TYPES[self._wiring.cache_dtype.name]
-        for name, address in zip(self._wiring.past, past, strict=True):
-            self._binding.bind_input(name, "cpu", 0, element, before, address)
-        for name, address in zip(self._wiring.present, present, strict=True):
-            self._binding.bind_output(name, "cpu", 0, element, after, address)
+        """Read the cache tensors at addresses `past` in shape `before`, write them at `present` in shape `after`.
+
+        Binds for steps of the present shape and shapes not met before: who changes the cache calls this behind `shape_for`.
+        """
+        self._cache = (past, before, present, after)
+        if self._binding is not None:
+            self._bind_cache(*self._cache)
 
     def run(self, length: int) -> F32:
         """Run with `length` tokens seen after the step; logits float32 [rows, keep, V], valid until the next run."""
@@ -102,6 +102,42 @@ class Binding:
             logits = self._logits32[: logits.size]
         view: F32 = logits.reshape(self._rows, keep, vocab)
         return view
+
+    def _make_room(self, new: int, keep: int) -> None:
+        """Buffers that hold such a step, and any short one behind it; where they move, all is bound anew."""
+        rows, wiring = self._rows, self._wiring
+        tokens = rows * max(new, SHORT)
+        logits = rows * (max(keep, SHORT) if keep > 1 else 1) * wiring.facts.vocab_size
+        if tokens > self.ids.size:
+            self.ids = np.empty(tokens, np.int64)
+            self.positions = self._ones("position_ids", tokens)
+            self._kept.clear()
+        if logits > self._logits.size:
+            self._logits = aligned_zeros(logits * wiring.logits_dtype.itemsize).view(wiring.logits_dtype)
+            self._logits32 = None if wiring.logits_dtype == np.float32 else np.empty(logits, np.float32)
+            self._kept.clear()
+
+    def _bound(self, new: int, keep: int) -> Any:
+        """A new io_binding for steps of this shape."""
+        rows, wiring = self._rows, self._wiring
+        self._binding = wiring.session.io_binding()
+        self._input("input_ids", self.ids, (rows, new))
+        if self.positions is not None:
+            self._input("position_ids", self.positions, (rows, new))
+        if wiring.keeps_some:
+            self._input(KEEP, self._keep, (1,))
+        element, shape = ONNX_TYPES[wiring.logits_dtype.name], (rows, keep, wiring.facts.vocab_size)
+        self._binding.bind_output("logits", "cpu", 0, element, shape, self._logits.ctypes.data)
+        if self._cache is not None:
+            self._bind_cache(*self._cache)
+        return self._binding
+
+    def _bind_cache(self, past: list[int], before: tuple[int, ...], present: list[int], after: tuple[int, ...]) -> None:
+        element = ONNX_TYPES[self._wiring.cache_dtype.name]
+        for name, address in zip(self._wiring.past, past, strict=True):
+            self._binding.bind_input(name, "cpu", 0, element, before, address)
+        for name, address in zip(self._wiring.present, present, strict=True):
+            self._binding.bind_output(name, "cpu", 0, element, after, address)
 
     def _ones(self, name: str, size: int) -> Any:
         """Ones of the graph's type for input `name`, or None where the graph has no such input."""
@@ -256,9 +292,9 @@ class SharedState(OrtState):
             if taken == 0:
                 continue
             addresses = [address + row * row_bytes for address in self.cache.past]
-            single.bind_cache(addresses, shape, addresses, shape)
             kept = min(keep, taken)
             single.shape_for(taken, self._rows_of_logits(taken, kept))
+            single.bind_cache(addresses, shape, addresses, shape)
             single.ids[:taken] = token_ids[row, skipped:]
             stored = int(self._stored[row])
             if single.positions is not None:

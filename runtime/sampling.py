@@ -79,15 +79,18 @@ class Sampler:
         Raises:
             BundleError: a logit is NaN, or the largest is infinite.
         """
-        peak = float(logits.max())
+        best = int(logits.argmax())  # of a NaN, the first
+        peak = float(logits[best])
         if not math.isfinite(peak):
             raise BundleError(
                 f"the graph's largest logit is {peak}; run `edgestill verify`, then build the bundle again"
             )
-        scores = logits
+        token, scores = best, logits
         if self._seen is not None:
             scores = repetition_penalty(logits, self._seen, self.options.repetition_penalty)
-        token = int(scores.argmax()) if self.options.temperature == 0 else self._draw(scores)
+            token = int(scores.argmax())
+        if self.options.temperature > 0:
+            token = self._draw(scores)
         np.subtract(logits, peak, out=self._scratch)
         np.exp(self._scratch, out=self._scratch)
         logprob = float(logits[token]) - peak - math.log(float(self._scratch.sum()))

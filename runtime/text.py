@@ -71,6 +71,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """What of `text` (and of what was held) can be shown now. `stopped` turns true when a stop string is complete."""
+        if not self._stops:
+            return text
         text = self._held + text
         starts = [at for stop in self._stops if (at := text.find(stop)) >= 0]
         if starts:

@@ -26,6 +26,8 @@ MAX_DRAFT = 8
 """Guesses in one pass: a pass over 9 tokens costs a small int4 model on a CPU three passes over one."""
 INDEXED = (2, 4)
 """Runs of tokens that are looked up; single tokens repeat in every text, and what follows them does not."""
+ID_BITS = 32
+"""More than a token id has."""
 LENGTHS = ((2, 0.1), (3, 0.3), (4, 0.5), (6, 0.7), (9, 0.9))
 """Least length of a match, and the share of guesses taken to be right behind such a match before any was seen."""
 MEMORY = 0.9
@@ -111,7 +113,10 @@ class PromptLookup:
     """Guesses are what followed the latest earlier place that ends in the same tokens, the longest match first."""
 
     def __init__(self) -> None:
-        self._places: list[dict[tuple[int, ...], int]] = [{} for _ in range(INDEXED[-1] + 1)]
+        self._runs: list[tuple[int, int, dict[int, int]]] = [(n, (1 << n * ID_BITS) - 1, {}) for n in INDEXED]
+        """Per length of run: its mask, and the place behind the latest such run by its tokens, written into one integer."""
+        self._latest = 0
+        """The last tokens that were indexed, as the runs write them; one shift a token is cheaper than a tuple a length."""
         self._indexed = 0
         # the longer the match, the likelier it goes on: each length keeps its own score. Short ones are not trusted before they
         # were right, which shows at no cost, since guesses that are not sent are counted too
@@ -124,8 +129,8 @@ class PromptLookup:
         """See `Drafter.propose`."""
         self._index(tokens)
         self._score, self._guesses = None, []
-        for n in reversed(INDEXED):
-            place = self._places[n].get(tuple(tokens[-n:]))
+        for n, mask, places in reversed(self._runs):
+            place = places.get(self._latest & mask)
             if place is None:
                 continue
             self._score = self._scores[_class_of(_matched(tokens, place, n))]
@@ -141,11 +146,13 @@ class PromptLookup:
 
     def _index(self, tokens: Sequence[int]) -> None:
         """Note, for every run of tokens, what comes behind it; the end of the text has nothing behind it yet."""
-        for end in range(max(self._indexed, 1), len(tokens)):
-            for n in INDEXED:
+        latest, widest = self._latest, self._runs[-1][1]
+        for end in range(self._indexed, len(tokens)):
+            for n, mask, places in self._runs:
                 if n <= end:
-                    self._places[n][tuple(tokens[end - n : end])] = end
-        self._indexed = max(self._indexed, len(tokens))
+                    places[latest & mask] = end
+            latest = (latest << ID_BITS | int(tokens[end])) & widest
+        self._latest, self._indexed = latest, len(tokens)
 
 
 def _matched(tokens: Sequence[int], place: int, known: int) -> int:

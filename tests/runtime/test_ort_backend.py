@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import pytest
 import torch
 from bundles import checkpoint, make_bundle
@@ -232,6 +233,20 @@ def test_a_shared_cache_is_written_in_place(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         backend.step(padded, np.stack([ids[0], np.roll(ids[1], 5)]))[1, 5:], expected[1, :15], rtol=0, atol=1e-4
     )
+
+
+def test_one_token_and_guesses_take_turns_without_binding_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, weights = fused_attention(tmp_path / "gqa.onnx")
+    backend = OrtBackend(tmp_path / "gqa.onnx", facts(2, 1), graph, threads=1)
+    made, io_binding = [], onnxruntime.InferenceSession.io_binding
+    monkeypatch.setattr(onnxruntime.InferenceSession, "io_binding", lambda self: made.append(1) or io_binding(self))
+    ids = random_ids(1, 24, vocab=VOCAB)
+    expected = fused_attention_reference(weights, ids[0])
+    state, at = backend.new_state(1, MAX_TOKENS), 0
+    for new in (1, 4, 1, 4, 6, 1, 4, 1, 2):
+        np.testing.assert_allclose(backend.step(state, ids[:, at : at + new])[0], expected[at : at + new], atol=1e-4)
+        at += new
+    assert len(made) == 5  # four shapes, and the first of them again once several tokens had moved the logits
 
 
 def test_a_graph_that_is_not_the_declared_one_is_refused(tmp_path: Path) -> None:

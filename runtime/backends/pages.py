@@ -40,8 +40,7 @@ class MappedWeights:
 
 def trim_heap() -> None:
     """What malloc holds free goes back to the system (glibc)."""
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if hasattr(libc, "malloc_trim"):
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
@@ -49,7 +48,8 @@ def _mappings(file: Path) -> list[tuple[int, int]]:
     """[start, end) addresses at which this process maps `file`."""
     name = str(file.resolve())
     lines = MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    return [_range(line.split(maxsplit=1)[0]) for line in lines if line.endswith(name)]
+    found = [line.split(maxsplit=5) for line in lines]  # addresses, permissions, offset, device, inode, path
+    return [_range(fields[0]) for fields in found if fields[5:] == [name]]
 
 
 def _range(addresses: str) -> tuple[int, int]:

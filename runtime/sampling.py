@@ -61,6 +61,10 @@ def _not_negative(name: str, value: int) -> None:
         raise BadInput(f"{name} is {value!r}; give a whole number, 0 or more")
 
 
+PLAIN_EXP = 64.0
+"""exp(64) is 6e27: a sum of as many as a vocabulary has stays far below float32's 3e38, and exp(-64) far above its least."""
+
+
 class Sampler:
     """Chooses tokens of one sequence; keeps the random generator and, when penalised, the tokens seen."""
 
@@ -91,9 +95,10 @@ class Sampler:
             token = int(scores.argmax())
         if self.options.temperature > 0:
             token = self._draw(scores)
-        np.subtract(logits, peak, out=self._scratch)
-        np.exp(self._scratch, out=self._scratch)
-        logprob = float(logits[token]) - peak - math.log(float(self._scratch.sum()))
+        # exp of logits of usual size fits float32 as they are: one pass less over a vocabulary that is in no cache any more
+        shift = 0.0 if abs(peak) < PLAIN_EXP else peak
+        np.exp(logits if shift == 0.0 else np.subtract(logits, shift, out=self._scratch), out=self._scratch)
+        logprob = float(logits[token]) - shift - math.log(float(self._scratch.sum()))
         if self._seen is not None:
             self._seen[token] = True
         return token, logprob

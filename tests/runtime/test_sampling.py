@@ -153,3 +153,13 @@ def test_a_row_may_hold_minus_infinity_but_not_nan() -> None:
 def test_options_out_of_range_are_refused_with_value_and_range(name: str, value: Any) -> None:
     with pytest.raises(BadInput, match=rf"^{name} is .*; give a "):
         SamplingOptions(**{name: value})
+
+
+@pytest.mark.parametrize("offset", [-3000.0, -70.0, 0.0, 55.0, 63.0, 80.0, 3000.0])
+def test_log_probabilities_hold_for_logits_of_any_size(offset: float) -> None:
+    logits = (np.random.default_rng(5).normal(0, 4, 50_000) + offset).astype(np.float32)
+    exact = logits.astype(np.float64)
+    exact -= exact.max() + np.log(np.exp(exact - exact.max()).sum())
+    token, logprob = Sampler(SamplingOptions(), 50_000).choose(logits)
+    assert token == exact.argmax()
+    assert logprob == pytest.approx(exact[token], abs=1e-5)

@@ -19,6 +19,8 @@ from edgestill.runtime.errors import BadInput, BundleError
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
+PLAIN_EXP = 64.0
+"""exp(64) is 6e27: a sum of as many as a vocabulary has stays far below float32's 3e38, and exp(-64) far above its least."""
 HEAD = 1024
 """A nucleus is nearly always among the 1024 most likely tokens; sorting a whole vocabulary would cost more than a small graph."""
 
@@ -59,10 +61,6 @@ def _in_range(name: str, value: float, least: float, most: float, text: str) -> 
 def _not_negative(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise BadInput(f"{name} is {value!r}; give a whole number, 0 or more")
-
-
-PLAIN_EXP = 64.0
-"""exp(64) is 6e27: a sum of as many as a vocabulary has stays far below float32's 3e38, and exp(-64) far above its least."""
 
 
 class Sampler:

@@ -6,6 +6,7 @@ import mmap
 import shutil
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from hand_graphs import MAX_TOKENS, VOCAB, facts, fused_attention, fused_attenti
 from transformers import AutoModelForCausalLM
 
 from edgestill.runtime.backends import LOGITS_BYTES, chunk_tokens, prefill
-from edgestill.runtime.backends.ort import OrtBackend
+from edgestill.runtime.backends.ort import PROMPT_TOKENS, OrtBackend
 from edgestill.runtime.bundle import open_bundle
 from edgestill.runtime.errors import BadInput, BundleError, PromptTooLong
 from edgestill.runtime.kv_cache import aligned_zeros
@@ -247,6 +248,20 @@ def test_one_token_and_guesses_take_turns_without_binding_anew(tmp_path: Path, m
         np.testing.assert_allclose(backend.step(state, ids[:, at : at + new])[0], expected[at : at + new], atol=1e-4)
         at += new
     assert len(made) == 5  # four shapes, and the first of them again once several tokens had moved the logits
+
+
+def test_pages_go_back_after_a_prompts_chunk_of_large_weights_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, _ = fused_attention(tmp_path / "gqa.onnx")
+    backend = OrtBackend(tmp_path / "gqa.onnx", facts(2, 1), graph, threads=1)
+    given_back: list[int] = []
+    for worth_it, expected in ((False, []), (True, [PROMPT_TOKENS])):
+        monkeypatch.setattr(backend._weights, "worth_it", worth_it)
+        for tokens in (1, PROMPT_TOKENS - 1, PROMPT_TOKENS):
+            monkeypatch.setattr(backend._weights, "release", partial(given_back.append, tokens))
+            backend.step(backend.new_state(1, MAX_TOKENS), random_ids(1, tokens, vocab=VOCAB))
+        assert given_back == expected
 
 
 def test_a_graph_that_is_not_the_declared_one_is_refused(tmp_path: Path) -> None:

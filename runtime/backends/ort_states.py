@@ -49,7 +49,7 @@ class Binding:
     """Io_bindings with their small buffers, for `rows` rows; what has not changed since the last step is not bound again.
 
     Short steps keep an io_binding for each of their shapes: one token and a few guesses take turns, and binding everything anew
-    would cost a small model a tenth of such a step.
+    would cost a small model several percent of such a step.
     """
 
     def __init__(self, wiring: Wiring, rows: int, max_tokens: int) -> None:
@@ -92,7 +92,7 @@ class Binding:
 
     def run(self, length: int) -> F32:
         """Run with `length` tokens seen after the step; logits float32 [rows, keep, V], valid until the next run."""
-        if self.mask is not None:  # by array: half the time of binding by address, and every token pays it
+        if self.mask is not None:  # by array: quicker than by address, and every token pays it
             self._binding.bind_cpu_input("attention_mask", self.mask[: self._rows * length].reshape(self._rows, length))
         self._wiring.session.run_with_iobinding(self._binding)
         keep, vocab = self._last[1], self._wiring.facts.vocab_size
